@@ -1,0 +1,270 @@
+"""A place for the example's machines: libvirt inside of the test process, without daemon or set-up.
+
+`qemu:///embed?root=…` runs libvirt's QEMU driver in the process that opens it. All of it, definitions,
+sockets and logs, stays below one private folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.parse
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import guest as guests
+
+MARKER = ".kvmsnap-lab"
+LONGEST_ROOT = 50
+"""Characters. A socket's path has 107 at most, and libvirt adds up to 57 for the agent's."""
+
+# Without a log daemon and without changes to owners, which need rights that a container lacks.
+QEMU_CONF = """\
+stdio_handler = "file"
+security_driver = "none"
+remember_owner = 0
+dynamic_ownership = 0
+namespaces = []
+"""
+# Else libvirt as root runs QEMU as another user, who reads neither our folder nor /dev/kvm.
+QEMU_CONF_ROOT = 'user = "root"\ngroup = "root"\n'
+
+PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
+
+
+class LabError(RuntimeError):
+    """The lab cannot be opened or used; says why and what to do."""
+
+
+class Lab:
+    """A private root folder of libvirt, and the machines in it. Made by `open_lab`.
+
+    As a context manager it removes itself at the end. Machines are added before the first connection to
+    `uri`: libvirt reads their definitions when it starts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.uri = f"qemu:///embed?root={urllib.parse.quote(str(folder))}"
+        self.images = folder / "images"
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def add_machine(
+        self,
+        name: str,
+        *,
+        guest: guests.Guest | None = None,
+        disk_format: str = "raw",
+        memory_mib: int = 128,
+        console_log: Path | None = None,
+        agent: bool = True,
+        kind: str | None = None,
+    ) -> Path:
+        """Define the example's guest as machine `name`, on a new disk, and return the disk's path.
+
+        A machine that is there already is replaced, with its disk and its snapshots, unless it runs.
+        """
+        guest = guest or guests.build()
+        self._forget(name)
+        disk = self.images / f"{name}.{disk_format}"
+        _copy_as(guest, disk, disk_format)
+        xml = guests.domain_xml(
+            guest,
+            name,
+            disk,
+            disk_format=disk_format,
+            memory_mib=memory_mib,
+            console_log=console_log,
+            agent=agent,
+            kind=kind,
+        )
+        # libvirt reads this folder when it starts. To define the machine through a connection would
+        # keep this root, and libvirt's event loop, in this process for good, before the plugin comes.
+        _write(self._definition(name), xml)
+        return disk
+
+    def add_snapshot(self, name: str, snapshot: str) -> None:
+        """Take snapshot `snapshot` of machine `name`, which is off and on a qcow2 disk.
+
+        Takes about half a second: what libvirt keeps about a snapshot differs between its versions, so it
+        is libvirt that writes it, in a process of its own. Nobody else may be connected to the lab.
+        """
+        command = [sys.executable, __file__, self.uri, name, snapshot]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise LabError(f"snapshot {snapshot!r} of {name!r} failed: {done.stderr.strip()}")
+
+    def remove(self) -> None:
+        """Delete the lab's folder. Raises `LabError` if it is not one that `open_lab` made."""
+        if not (self.folder / MARKER).is_file():
+            raise LabError(f"{self.folder} has no {MARKER}: not a lab, so it stays")
+        shutil.rmtree(self.folder)
+
+    def _definition(self, name: str) -> Path:
+        return self.folder / "etc" / "qemu" / f"{name}.xml"
+
+    def _forget(self, name: str) -> None:
+        if (self.folder / "run" / "qemu" / f"{name}.xml").exists():
+            raise LabError(f"machine {name!r} in {self.folder} runs, or its run was cut short")
+        self._definition(name).unlink(missing_ok=True)
+        for kept in ("snapshot", "checkpoint"):
+            shutil.rmtree(self.folder / "lib" / "qemu" / kept / name, ignore_errors=True)
+
+
+def open_lab(folder: Path | None = None) -> Lab:
+    """Make a lab in `folder`, or find the one there; by default one per user.
+
+    Raises `LabError` if the folder is not ours alone, holds other things, or has too long a path.
+    """
+    folder = (
+        Path(tempfile.gettempdir(), f"kvmsnap-{os.getuid()}")
+        if folder is None
+        else folder.absolute()
+    )
+    if len(os.fsencode(folder)) > LONGEST_ROOT:
+        raise LabError(f"{folder} is too long for sockets: {LONGEST_ROOT} characters at most")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    marker = folder / MARKER
+    if not marker.exists():
+        if any(folder.iterdir()):
+            raise LabError(f"{folder} holds other things; name an empty or a new folder")
+        marker.touch()
+    lab = Lab(folder)
+    lab.images.mkdir(exist_ok=True)
+    (folder / "etc" / "qemu").mkdir(parents=True, exist_ok=True)
+    _write(folder / "etc" / "qemu.conf", QEMU_CONF + (QEMU_CONF_ROOT if os.geteuid() == 0 else ""))
+    return lab
+
+
+def _check_private(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise LabError(f"{folder} is no folder; remove it, or name another")
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise LabError(
+            f"{folder} is open to others (owner {found.st_uid}); remove it, or name another"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _copy_as(guest: guests.Guest, disk: Path, disk_format: str) -> None:
+    if disk_format == "raw":
+        guests.copy_root(guest, disk)
+        return
+    command = ["qemu-img", "convert", "-f", "raw", "-O", disk_format, str(guest.root), str(disk)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+
+
+@contextlib.contextmanager
+def reap_orphans(interval: float = 0.01) -> Iterator[None]:
+    """Collect dead QEMU processes at once; for the time of the context.
+
+    libvirt's QEMU is nobody's child, and where PID 1 collects late (some containers), it lingers as a
+    zombie for which libvirt waits: 1.4 s longer for each revert. So this process adopts its orphans, and
+    a thread looks for dead QEMUs among them every `interval` seconds. Children that were started here,
+    by `subprocess` or by libvirt itself, are left to those who wait for them.
+    """
+    before = _subreaper()
+    _set_subreaper(1)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_reap_until, args=(stop, interval), name="kvmsnap-reaper", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        _set_subreaper(before)
+
+
+def _reap_until(stop: threading.Event, interval: float) -> None:
+    # Orphans go to the main thread of the process that adopts them.
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    while not stop.wait(interval):
+        for pid in children.read_text(encoding="ascii").split():
+            if _is_dead_daemon(pid):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(int(pid), os.WNOHANG)
+
+
+def _is_dead_daemon(pid: str) -> bool:
+    """Tell whether `pid` is a QEMU that ended, in a session other than ours: not started by us."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    name, _, rest = line.partition("(")[2].rpartition(")")
+    state, _parent, _group, session = rest.split()[:4]
+    return state == "Z" and name.startswith("qemu-system") and int(session) != os.getsid(0)
+
+
+def _subreaper() -> int:
+    value = ctypes.c_int()
+    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(value))
+    return value.value
+
+
+def _set_subreaper(value: int) -> None:
+    _prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(value))
+
+
+def _prctl(option: int, argument: object) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(option, argument, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _take_snapshot(uri: str, name: str, snapshot: str) -> None:
+    import libvirt  # noqa: PLC0415 (needed by this process of add_snapshot only)
+
+    libvirt.virEventRegisterDefaultImpl()
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.is_set():
+            libvirt.virEventRunDefaultImpl()
+
+    libvirt.virEventAddTimeout(50, lambda *_: None, None)
+    threading.Thread(target=loop, daemon=True).start()
+    connection = libvirt.open(uri)
+    description = ET.Element("domainsnapshot")
+    ET.SubElement(description, "name").text = snapshot
+    xml = ET.tostring(description, encoding="unicode")
+    connection.lookupByName(name).snapshotCreateXML(xml, 0)
+    connection.close()
+    stop.set()
+
+
+if __name__ == "__main__":
+    _take_snapshot(*sys.argv[1:])

@@ -1,0 +1,177 @@
+"""The QEMU guest agent, through libvirt: commands, processes and files in the guest.
+
+The protocol: https://qemu.readthedocs.io/en/latest/interop/qemu-ga-ref.html. libvirt sends a
+`guest-sync` before each command, so no answer of the past counts.
+"""
+
+import base64
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pytest_kvmsnap.errors import AgentError
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
+
+# The reply of the agent to a read is base64 in JSON, and libvirt's RPC carries 4 MiB a message.
+CHUNK = 1024 * 1024
+_POLL = (0.003, 0.05)  # seconds between looks at a running command: at first, at most
+
+
+class Finished(NamedTuple):
+    """A command that ended. A signal that ended it is a negative status, as in `subprocess`."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Agent:
+    """The guest agent of one machine."""
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+
+    def answers(self) -> bool:
+        """Tell whether the agent is there right now."""
+        try:
+            self.command("guest-ping", timeout=5)
+        except AgentError:
+            return False
+        return True
+
+    def command(
+        self, name: str, arguments: Mapping[str, object] | None = None, *, timeout: int = 30
+    ) -> Any:
+        """Send one command and return its answer.
+
+        Raises:
+            AgentError: no agent, no answer within `timeout` seconds, or a refusal.
+        """
+        request: dict[str, object] = {"execute": name}
+        if arguments:
+            request["arguments"] = arguments
+        try:
+            reply = libvirt_qemu.qemuAgentCommand(self._domain.raw, json.dumps(request), timeout, 0)
+        except libvirt.libvirtError as error:
+            raise self._refused(name, str(error.get_error_message() or error)) from None
+        return json.loads(reply).get("return")
+
+    def _refused(self, name: str, why: str) -> AgentError:
+        cure = ""
+        if "has been disabled" in why or "has not been found" in why:
+            cure = (
+                f"allow {name} in the guest: /etc/sysconfig/qemu-ga (BLACKLIST_RPC,"
+                " FILTER_RPC_ARGS)"
+                " or /etc/qemu/qemu-ga.conf (block-rpcs, allow-rpcs), then restart qemu-guest-agent"
+            )
+        elif "not connected" in why or "not configured" in why or "not responding" in why:
+            cure = (
+                "is qemu-guest-agent installed and running in the guest, and does the machine have"
+                " the channel org.qemu.guest_agent.0?"
+            )
+        return AgentError(
+            f"the guest agent did not do {name}", where=self._domain.where, why=why, cure=cure
+        )
+
+    # processes
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        environment: Sequence[str] | None = None,
+        timeout: float = 60,
+    ) -> Finished:
+        """Run a command in the guest and wait for it. No shell is involved.
+
+        Raises:
+            AgentError: it could not be started, or its output was too long for the agent.
+            subprocess.TimeoutExpired: it took more than `timeout` seconds and was killed.
+        """
+        pid = self._start(command, stdin, environment)
+        end = time.monotonic() + timeout
+        pause, longest = _POLL
+        while True:
+            status = self.command("guest-exec-status", {"pid": pid})
+            if status["exited"]:
+                return self._finished(command, status)
+            if time.monotonic() > end:
+                self._kill(pid)
+                raise subprocess.TimeoutExpired(list(command), timeout)
+            time.sleep(pause)
+            pause = min(pause * 1.5, longest)
+
+    def _start(
+        self, command: Sequence[str], stdin: bytes | None, environment: Sequence[str] | None
+    ) -> int:
+        arguments: dict[str, object] = {
+            "path": command[0],
+            "arg": list(command[1:]),
+            "capture-output": True,
+        }
+        if stdin is not None:
+            arguments["input-data"] = base64.b64encode(stdin).decode()
+        if environment is not None:
+            arguments["env"] = list(environment)
+        pid: int = self.command("guest-exec", arguments)["pid"]
+        return pid
+
+    def _finished(self, command: Sequence[str], status: Mapping[str, Any]) -> Finished:
+        if status.get("out-truncated") or status.get("err-truncated"):
+            raise AgentError(
+                f"the output of {command[0]} is longer than the guest agent keeps (16 MiB)",
+                where=self._domain.where,
+                cure="write it to a file in the guest and fetch that with vm.get",
+            )
+        code = status["exitcode"] if "exitcode" in status else -int(status.get("signal", 1))
+        return Finished(
+            code,
+            base64.b64decode(status.get("out-data", "")),
+            base64.b64decode(status.get("err-data", "")),
+        )
+
+    def _kill(self, pid: int) -> None:
+        """Kill a command and, where it leads a process group, all that it started."""
+        script = 'kill -9 -- "-$1" 2>/dev/null || kill -9 "$1"'
+        with contextlib.suppress(AgentError):
+            self._start(["/bin/sh", "-c", script, "sh", str(pid)], None, None)
+
+    # files
+
+    def read(self, path: str) -> Iterator[bytes]:
+        """Yield the content of a file in chunks."""
+        with self._open(path, "r") as handle:
+            while True:
+                reply = self.command("guest-file-read", {"handle": handle, "count": CHUNK})
+                if reply["count"]:
+                    yield base64.b64decode(reply["buf-b64"])
+                if reply["eof"]:
+                    return
+
+    def write(self, path: str, chunks: Iterator[bytes]) -> None:
+        """Write a file from chunks of any size, replacing what was there."""
+        with self._open(path, "w") as handle:
+            for chunk in chunks:
+                left = memoryview(chunk)
+                while left:
+                    part = base64.b64encode(left[:CHUNK]).decode()
+                    reply = self.command("guest-file-write", {"handle": handle, "buf-b64": part})
+                    left = left[reply["count"] :]
+
+    @contextlib.contextmanager
+    def _open(self, path: str, mode: str) -> Iterator[int]:
+        try:
+            handle: int = self.command("guest-file-open", {"path": path, "mode": mode})
+        except AgentError as error:
+            error.what = f"cannot open {path} in the guest"
+            raise
+        try:
+            yield handle
+        finally:
+            with contextlib.suppress(AgentError):
+                self.command("guest-file-close", {"handle": handle})

@@ -1,0 +1,71 @@
+"""Waiting until a machine can be used, and setting its clock after a jump in time."""
+
+import contextlib
+import time
+from typing import Literal
+
+from pytest_kvmsnap.errors import AgentError, NotReadyError
+from pytest_kvmsnap.guest.agent import Agent
+from pytest_kvmsnap.guest.console import console_tail
+from pytest_kvmsnap.machine import domainxml
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import libvirt
+
+Ready = Literal["agent", "none"]
+
+
+def means_of(domain: Domain, wanted: Ready | None) -> Ready:
+    """Return what tells that the machine is ready: as wanted, else the agent where it can be."""
+    if wanted is not None:
+        return wanted
+    return "agent" if domainxml.has_agent_channel(domain.xml(inactive=True)) else "none"
+
+
+def wait_ready(domain: Domain, means: Ready, timeout: float) -> None:
+    """Wait until the machine is ready.
+
+    Raises:
+        NotReadyError: it is not after `timeout` seconds, or it went off meanwhile; the message has
+            the last lines of its console.
+    """
+    agent = Agent(domain)
+    if means == "none" or agent.answers():
+        return
+    end = time.monotonic() + timeout
+    with console_tail(domain) as console:
+        while not agent.answers():
+            console.listen()
+            if not domain.is_active():
+                raise _not_ready(
+                    domain, "the machine went off while it was booting", console.lines()
+                )
+            if time.monotonic() > end:
+                why = f"waited {timeout:g} s for the guest agent to answer"
+                raise _not_ready(domain, why, console.lines())
+            time.sleep(0.03)
+
+
+def _not_ready(domain: Domain, why: str, console: str) -> NotReadyError:
+    said = "\n".join("| " + line for line in console.splitlines())
+    return NotReadyError(
+        "the machine did not get ready",
+        where=domain.where,
+        why=f"{why} (state: {domain.state()})\n"
+        + (f"its console said last:\n{said}" if said else "nothing is known of its console"),
+        cure="is qemu-guest-agent installed and started in the guest? Without it use"
+        " --kvmsnap-ready=none; for a slow machine raise --kvmsnap-ready-timeout",
+    )
+
+
+def set_clock(domain: Domain) -> None:
+    """Set the guest's clock to the host's: after a revert it stands at the time of the snapshot.
+
+    By libvirt where the guest has `hwclock` (within 20 ms, measured), else by `date`, which takes
+    whole seconds. A guest that can do neither keeps its time.
+    """
+    now = time.time()
+    try:
+        domain.raw.setTime({"seconds": int(now), "nseconds": int(now % 1 * 1e9)})  # type: ignore[arg-type]
+    except libvirt.libvirtError:
+        with contextlib.suppress(AgentError):
+            Agent(domain).run(["date", "-s", f"@{round(time.time())}"])

@@ -1,0 +1,217 @@
+"""Which test gets which machine: the check before the first test, leases, the end of the run."""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pytest_kvmsnap.errors import KvmsnapError, UsageProblem, merged
+from pytest_kvmsnap.lab import cleanup
+from pytest_kvmsnap.lab.journal import Journal
+from pytest_kvmsnap.lab.lease import Lease, folder_for, folders
+from pytest_kvmsnap.lab.machine import Machine
+from pytest_kvmsnap.machine import conversion, preflight
+from pytest_kvmsnap.machine.conversion import Conversion
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
+from pytest_kvmsnap.markers import Request
+from pytest_kvmsnap.settings import Settings
+from pytest_kvmsnap.vm import VM
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How the lab speaks to people: lines, and the progress of a conversion in per cent."""
+
+    line: Callable[[str], None]
+    progress: Callable[[str, float], None]
+
+
+class _Held(NamedTuple):
+    machine: Machine
+    lease: Lease
+
+
+class Lab:
+    """The machines of one process, on one hypervisor, from the first test to the last."""
+
+    def __init__(self, settings: Settings, voice: Voice) -> None:
+        self._settings = settings
+        self._voice = voice
+        self._run = secrets.token_hex(4)
+        self._hypervisor: Hypervisor | None = None
+        self._held: dict[str, _Held] = {}
+        self._checked: set[Request] = set()
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        if self._hypervisor is None:
+            self._hypervisor = connect(self._settings.uri)
+        return self._hypervisor
+
+    # before the first test
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Check all machines that tests will ask for, then convert their raw images.
+
+        What a dead run left is put back first. A machine that another run holds is checked when
+        it is free.
+
+        Raises:
+            UsageProblem: something stands in the way; all problems of all machines in one.
+        """
+        problems: list[UsageProblem] = []
+        plans: list[tuple[Domain, Lease, list[Conversion]]] = []
+        with contextlib.ExitStack() as leases:
+            for name, snapshots in _by_domain(requests).items():
+                try:
+                    domain = self._domain(name)
+                    lease = self._lease(domain)
+                    if conversion.planned(domain, self._run):
+                        lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
+                    elif not lease.try_take():
+                        continue
+                    leases.callback(lease.release)
+                    # only now, since the one that we waited for may have converted them
+                    conversions = conversion.planned(domain, self._run)
+                    found = self._problems(domain, lease, snapshots, conversions)
+                except UsageProblem as problem:
+                    found = [problem]
+                problems += found
+                if not found:
+                    plans.append((domain, lease, conversions))
+                    self._checked |= {Request(name, snapshot) for snapshot in snapshots}
+            if problems:
+                raise merged(problems)
+            for domain, lease, conversions in plans:
+                self._convert(domain, lease, conversions)
+
+    def _problems(
+        self,
+        domain: Domain,
+        lease: Lease,
+        snapshots: Iterable[str | None],
+        conversions: list[Conversion],
+    ) -> list[UsageProblem]:
+        """Put back what a dead run left, then return what stands in the way."""
+        cleanup.work_off(domain, lease, self._settings, self._voice.line)
+        found = preflight.problems(domain, self._settings.ready)
+        for snapshot in snapshots:
+            problem = preflight.snapshot_problem(domain, snapshot) if snapshot else None
+            if problem is not None:
+                found.append(problem)
+        return found + conversion.problems(domain, conversions, self._settings.convert)
+
+    def _convert(self, domain: Domain, lease: Lease, conversions: list[Conversion]) -> None:
+        if not conversions:
+            return
+        journal = self._journal(domain, lease)
+        journal.conversions = conversions
+        journal.save()
+        for line in conversion.perform(
+            domain, conversions, lambda c, percent: self._voice.progress(str(c.raw), percent)
+        ):
+            self._voice.line(line)
+        journal.remove()
+
+    # for a test
+
+    @contextlib.contextmanager
+    def clean_machine(self, request: Request, test: str) -> Iterator[VM]:
+        """Give a machine in the state that was asked for, and put it back afterwards.
+
+        Raises:
+            KvmsnapError: there is no such machine, it cannot be had, or it failed.
+        """
+        machine = self._machine(request)
+        yield machine.prepare(request.snapshot, test)
+        machine.undo()
+
+    def _machine(self, request: Request) -> Machine:
+        domain = self._domain(request.domain)
+        if domain.uuid not in self._held:
+            lease = self._lease(domain)
+            lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
+            try:
+                self._check_late(domain, lease, request)
+                machine = Machine(domain, self._journal(domain, lease), self._settings)
+            except BaseException:
+                lease.release()
+                raise
+            self._held[domain.uuid] = _Held(machine, lease)
+        elif request not in self._checked and request.snapshot:
+            problem = preflight.snapshot_problem(domain, request.snapshot)
+            if problem is not None:
+                raise problem
+            self._checked.add(request)
+        return self._held[domain.uuid].machine
+
+    def _check_late(self, domain: Domain, lease: Lease, request: Request) -> None:
+        """Check a machine that could not be checked before the first test.
+
+        Nobody could know of it then (`getfixturevalue`), or another run held it.
+        """
+        if request in self._checked:
+            return
+        conversions = conversion.planned(domain, self._run)
+        found = self._problems(domain, lease, [request.snapshot], conversions)
+        if found:
+            raise merged(found)
+        self._convert(domain, lease, conversions)
+        self._checked.add(request)
+
+    # at the end
+
+    @property
+    def unproven(self) -> dict[str, list[str]]:
+        """The tests, by machine, after which only the state from outside proves the revert."""
+        return {
+            held.machine.domain.name: held.machine.unproven
+            for held in self._held.values()
+            if held.machine.unproven
+        }
+
+    def close(self) -> list[KvmsnapError]:
+        """Leave every machine as it was found; return what went wrong with that."""
+        failures: list[KvmsnapError] = []
+        for held in self._held.values():
+            try:
+                held.machine.close()
+            except KvmsnapError as error:
+                failures.append(error)
+            finally:
+                held.lease.release()
+        self._held.clear()
+        if self._hypervisor is not None:
+            self._hypervisor.close()
+            self._hypervisor = None
+        return failures
+
+    def clean(self) -> int:
+        """Undo what dead runs of this host left; return how many machines that failed for."""
+        configured = self._settings.lock_dir
+        places = [configured] if configured is not None else folders()
+        connected = self.hypervisor if self._settings.uri is not None else None
+        return cleanup.clean(places, connected, self._settings, self._voice.line)
+
+    # helpers
+
+    def _domain(self, name: str) -> Domain:
+        hypervisor = self.hypervisor
+        return Domain(hypervisor, hypervisor.find(name), name)
+
+    def _lease(self, domain: Domain) -> Lease:
+        return Lease.of(domain, folder_for(domain.hypervisor.uri, self._settings.lock_dir))
+
+    def _journal(self, domain: Domain, lease: Lease) -> Journal:
+        return Journal(
+            lease.journal_path, self._run, domain.hypervisor.uri, domain.name, domain.uuid
+        )
+
+
+def _by_domain(requests: Iterable[Request]) -> dict[str, list[str | None]]:
+    snapshots: dict[str, list[str | None]] = {}
+    for request in dict.fromkeys(requests):
+        snapshots.setdefault(request.domain, []).append(request.snapshot)
+    return snapshots

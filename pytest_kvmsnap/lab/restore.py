@@ -1,0 +1,145 @@
+"""Putting a machine back: to a snapshot after a test, as it was found after a run or a crash."""
+
+from pytest_kvmsnap.errors import MachineError
+from pytest_kvmsnap.guest.agent import Agent
+from pytest_kvmsnap.guest.canary import Canary
+from pytest_kvmsnap.guest.ready import Ready, means_of, set_clock, wait_ready
+from pytest_kvmsnap.lab.journal import Found, Journal
+from pytest_kvmsnap.machine import conversion
+from pytest_kvmsnap.machine.domain import Domain
+
+
+def look(domain: Domain) -> Found:
+    """Return the machine as it is now."""
+    return Found(
+        state=domain.state(),
+        autostart=domain.autostart(),
+        current=domain.current(),
+        definition=domain.xml(inactive=True),
+        snapshots=domain.snapshot_xmls(),
+    )
+
+
+def revert(domain: Domain, journal: Journal, snapshot: str, timeout: float) -> None:
+    """Revert with force, whatever a test did to the domain.
+
+    A block job would make the revert fail, and a managed save would put stale memory over the
+    reverted disk at the next start; a revert restores neither an undefined domain nor the
+    autostart flag.
+    """
+    _define_again(domain, journal)
+    domain.end_block_jobs()
+    if domain.has_managed_save():
+        domain.remove_managed_save()
+    domain.revert(snapshot, timeout)
+    if journal.found is not None:
+        domain.set_autostart(journal.found.autostart)
+
+
+def _define_again(domain: Domain, journal: Journal) -> None:
+    """Bring back a domain that was undefined, with its snapshots, whose data is in the image."""
+    found = journal.found
+    raw = domain.hypervisor.lookup(domain.uuid)
+    if found is None or (raw is not None and raw.isPersistent()):
+        return
+    domain.hypervisor.define(found.definition)
+    present = {snapshot.name for snapshot in domain.snapshots()}
+    for name, xml in (found.snapshots | journal.taken).items():
+        if xml and name not in present:
+            domain.redefine_snapshot(xml, current=False)
+
+
+def delete_unknown(domain: Domain, known: set[str]) -> None:
+    """Delete the snapshots that a test made, children first."""
+    for name in reversed(domain.snapshot_xmls()):
+        if name not in known:
+            domain.delete_snapshot(name)
+
+
+def as_found(
+    domain: Domain,
+    journal: Journal,
+    *,
+    ready: Ready | None,
+    ready_timeout: float,
+    revert_timeout: float,
+    at: str | None = None,
+) -> None:
+    """Leave a machine as a run found it, and forget the run.
+
+    `at` is the snapshot that it stands at, when that is sure.
+
+    Raises:
+        MachineError: it could not be put back; the journal stays, so that it can be tried again.
+    """
+    _define_again(domain, journal)
+    conversion.remove_leftovers(domain, journal.conversions)
+    found = journal.found
+    if found is not None:
+        _go_back(domain, journal, found, revert_timeout, at)
+        if found.state == "running" and (journal.planted or at is None):
+            _tidy_guest(domain, journal, means_of(domain, ready), ready_timeout)
+        _delete_ours(domain, journal)
+        _restore_current(domain, found)
+        _compare(domain, found)
+    journal.remove()
+
+
+def _go_back(
+    domain: Domain, journal: Journal, found: Found, timeout: float, at: str | None
+) -> None:
+    goal = journal.found_snapshot
+    if goal is not None and goal in {snapshot.name for snapshot in domain.snapshots()}:
+        if at != goal:
+            revert(domain, journal, goal, timeout)
+    elif found.state == "running" and domain.state() == "paused":
+        domain.resume()  # a run killed while it took its first snapshot leaves the guest paused
+
+
+def _tidy_guest(domain: Domain, journal: Journal, ready: Ready, timeout: float) -> None:
+    """Remove the canary's block from a machine that was found running, and set its clock."""
+    if ready != "agent" or domain.state() != "running":
+        return
+    wait_ready(domain, ready, timeout)
+    set_clock(domain)
+    if journal.planted:
+        Canary(Agent(domain), journal.run).remove()
+
+
+def _delete_ours(domain: Domain, journal: Journal) -> None:
+    """Delete the snapshots of this run, children first, and nobody else's."""
+    xmls = domain.snapshot_xmls()
+    descriptions = {snapshot.name: snapshot.description for snapshot in domain.snapshots()}
+    for name in reversed(xmls):
+        if descriptions[name] == journal.description():
+            domain.delete_snapshot(name)
+
+
+def _restore_current(domain: Domain, found: Found) -> None:
+    """Make the snapshot current that was; deleting ours makes their parent so, mostly that one."""
+    if found.current is not None and domain.current() != found.current:
+        domain.redefine_snapshot(found.snapshots[found.current], current=True)
+
+
+def _compare(domain: Domain, found: Found) -> None:
+    """Raise when the machine is not as it was found."""
+    now = look(domain)
+    differences = [
+        f"{what} is {is_now!r}, was {was!r}"
+        for what, is_now, was in (
+            ("the state", now.state, found.state),
+            ("autostart", now.autostart, found.autostart),
+            ("the current snapshot", now.current, found.current),
+        )
+        if is_now != was
+    ]
+    lost = found.snapshots.keys() - now.snapshots.keys()
+    if lost:
+        differences.append(f"these snapshots are gone: {', '.join(sorted(lost))}")
+    if differences:
+        raise MachineError(
+            "the machine could not be left as it was found",
+            where=domain.where,
+            why="; ".join(differences),
+            cure="pytest --kvmsnap-clean tries again",
+        )

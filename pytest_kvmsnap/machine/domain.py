@@ -1,0 +1,299 @@
+"""One domain from outside: its state, its snapshots, and the calls that change them."""
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pytest_kvmsnap.errors import MachineError, RevertError, SnapshotError
+from pytest_kvmsnap.machine import domainxml
+from pytest_kvmsnap.machine.domainxml import Snapshot
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, telling
+
+STATES = {
+    libvirt.VIR_DOMAIN_NOSTATE: "no state",
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "idle",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "in shutdown",
+    libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
+    libvirt.VIR_DOMAIN_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
+}
+
+
+class Fingerprint(NamedTuple):
+    """What changes when somebody touched the machine from outside; cheap to take."""
+
+    state: str
+    id: int
+    current: str | None
+    definition: str
+
+
+class Domain:
+    """A domain of a hypervisor, found by its UUID, so that a rename does not lose it."""
+
+    def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
+        self.hypervisor = hypervisor
+        self.uuid = uuid
+        self.name = name
+        self.where = f"{name} at {hypervisor.uri}"
+
+    @property
+    def raw(self) -> libvirt.virDomain:
+        """libvirt's own object, looked up afresh.
+
+        Raises:
+            MachineError: the domain is gone, or the host is.
+        """
+        domain = self.hypervisor.lookup(self.uuid)
+        if domain is None:
+            raise MachineError(
+                "the domain is gone",
+                where=self.where,
+                why=f"no domain has the UUID {self.uuid} any more: somebody undefined it",
+            )
+        return domain
+
+    def state(self) -> str:
+        """Return the state in virsh's words."""
+        with telling("cannot read the state", self.where):
+            return _state_of(self.raw)
+
+    def is_active(self) -> bool:
+        with telling("cannot read the state", self.where):
+            return bool(self.raw.isActive())
+
+    def xml(self, *, inactive: bool = False) -> str:
+        """Return the live XML, or the persistent definition, secrets included."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE
+        if inactive:
+            flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
+        with telling("cannot read the definition", self.where):
+            return self.raw.XMLDesc(flags)
+
+    def disks(self, *, inactive: bool = False) -> list[domainxml.DiskSource]:
+        default = "raw" if self.hypervisor.kind == "QEMU" else None
+        return domainxml.disks(self.xml(inactive=inactive), default)
+
+    def fingerprint(self) -> Fingerprint:
+        with telling("cannot read the state", self.where):
+            raw = self.raw
+            definition = raw.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+            return Fingerprint(
+                state=_state_of(raw),
+                id=raw.ID(),
+                current=_current_name(raw),
+                definition=hashlib.sha256(definition.encode()).hexdigest(),
+            )
+
+    # power
+
+    def start(self) -> None:
+        with telling("cannot start the machine", self.where):
+            self.raw.create()
+
+    def resume(self) -> None:
+        with telling("cannot resume the machine", self.where):
+            self.raw.resume()
+
+    def destroy(self) -> None:
+        """Pull the plug; a machine that is off already stays so.
+
+        libvirt may report an error although the machine is off right after (seen after it
+        reconnected to a QEMU whose client had been killed), so the state decides.
+        """
+        try:
+            self.raw.destroy()
+        except libvirt.libvirtError as error:
+            end = time.monotonic() + 10
+            while self.is_active():
+                if time.monotonic() > end:
+                    raise MachineError(
+                        "cannot destroy the machine", where=self.where, why=str(error)
+                    ) from None
+                time.sleep(0.1)
+
+    def shutdown(self, timeout: float) -> None:
+        """Ask the guest to shut down and wait until it is off.
+
+        Raises:
+            MachineError: it was not off within `timeout` seconds.
+        """
+        with telling("cannot shut the machine down", self.where):
+            self.raw.shutdown()
+        self._wait_until(lambda: not self.is_active(), "it did not shut down", timeout)
+
+    def reboot(self, timeout: float) -> None:
+        """Ask the guest to reboot, and wait until it did."""
+        booted = threading.Event()
+        connection = self.hypervisor.connection
+        with telling("cannot reboot the machine", self.where):
+            raw = self.raw
+            watch = connection.domainEventRegisterAny(
+                raw, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, lambda *_: booted.set(), None
+            )
+            try:
+                raw.reboot()
+                self._wait_until(booted.is_set, "it did not reboot", timeout)
+            finally:
+                connection.domainEventDeregisterAny(watch)
+
+    def _wait_until(self, done: Callable[[], bool], failure: str, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > end:
+                raise MachineError(failure, where=self.where, why=f"waited {timeout:g} s")
+            time.sleep(0.05)
+
+    # persistence
+
+    def autostart(self) -> bool:
+        with telling("cannot read the autostart flag", self.where):
+            return bool(self.raw.autostart())
+
+    def set_autostart(self, wanted: bool) -> None:
+        if self.autostart() != wanted:
+            with telling("cannot set the autostart flag", self.where):
+                self.raw.setAutostart(wanted)
+
+    def has_managed_save(self) -> bool:
+        with telling("cannot look for a managed save", self.where):
+            return bool(self.raw.hasManagedSaveImage())
+
+    def remove_managed_save(self) -> None:
+        with telling("cannot remove the managed save", self.where):
+            self.raw.managedSaveRemove()
+
+    # snapshots
+
+    def snapshots(self) -> list[Snapshot]:
+        with telling("cannot list the snapshots", self.where):
+            return [domainxml.snapshot(s.getXMLDesc()) for s in self.raw.listAllSnapshots()]
+
+    def snapshot_xmls(self) -> dict[str, str]:
+        """Return the XML of all snapshots by name, parents before children."""
+        with telling("cannot list the snapshots", self.where):
+            flags = libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL
+            listed = self.raw.listAllSnapshots(flags)
+            secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
+            return {s.getName(): s.getXMLDesc(secure) for s in listed}
+
+    def current(self) -> str | None:
+        with telling("cannot read the current snapshot", self.where):
+            return _current_name(self.raw)
+
+    def take_snapshot(self, name: str, description: str) -> Snapshot:
+        """Take an internal snapshot, with the memory when the machine runs (it pauses for it)."""
+        targets = [disk.target for disk in self.disks() if disk.is_snapshotted]
+        request = domainxml.snapshot_request(name, description, targets)
+        with telling(f"cannot take the snapshot {name!r}", self.where, SnapshotError):
+            taken = self.raw.snapshotCreateXML(request, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC)
+            return domainxml.snapshot(taken.getXMLDesc())
+
+    def delete_snapshot(self, name: str, *, metadata_only: bool = False) -> None:
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY if metadata_only else 0
+        with telling(f"cannot delete the snapshot {name!r}", self.where, SnapshotError):
+            self.raw.snapshotLookupByName(name).delete(flags)
+
+    def redefine_snapshot(self, xml: str, *, current: bool) -> None:
+        """Give libvirt back the metadata of a snapshot whose data is in the image."""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+        if current:
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
+        with telling("cannot redefine a snapshot", self.where, SnapshotError):
+            self.raw.snapshotCreateXML(xml, flags)
+
+    def revert(self, name: str, timeout: float) -> None:
+        """Revert to a snapshot with force; the machine is then in the snapshot's power state.
+
+        libvirt's call has neither progress nor abort, so it runs in a thread of its own; beyond
+        `timeout` seconds the machine is destroyed, which ends the call.
+
+        Raises:
+            RevertError: it failed, or took too long.
+        """
+        what = f"cannot revert to the snapshot {name!r}"
+
+        def force() -> None:
+            with telling(what, self.where, RevertError):
+                snapshot = self.raw.snapshotLookupByName(name)
+                flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
+                self.raw.revertToSnapshot(snapshot, flags)
+
+        call = _Call(force)
+        if not call.ended_within(timeout):
+            self.destroy()
+            call.ended_within(30)
+            raise RevertError(
+                what,
+                where=self.where,
+                why=f"it took more than {timeout:g} s; the machine was destroyed",
+                cure="give it more time with --kvmsnap-revert-timeout",
+            )
+        call.raise_error()
+
+    def end_block_jobs(self) -> None:
+        """Abort the block jobs of a running machine: they make a revert fail (libvirt error 55)."""
+        for disk in self.disks() if self.is_active() else ():
+            with contextlib.suppress(libvirt.libvirtError):  # a driver without block jobs has none
+                raw = self.raw
+                if raw.blockJobInfo(disk.target):
+                    raw.blockJobAbort(disk.target)
+
+    def memory_in_use(self) -> int:
+        """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
+        with contextlib.suppress(libvirt.libvirtError):
+            statistics: dict[str, int] = self.raw.memoryStats()  # type: ignore[assignment]
+            resident = statistics.get("rss")
+            if resident:
+                return resident * 1024
+        return domainxml.memory_bytes(self.xml())
+
+
+class _Call:
+    """A call in a thread of its own, since libvirt's calls can be waited for but not broken off."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name="libvirt-call", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            self._error = error
+
+    def ended_within(self, timeout: float) -> bool:
+        """Wait; a Ctrl-C is kept until the call has ended, since nothing else can be done then."""
+        end = time.monotonic() + timeout
+        interrupt: KeyboardInterrupt | None = None
+        while self._thread.is_alive() and time.monotonic() < end:
+            try:
+                self._thread.join(end - time.monotonic())
+            except KeyboardInterrupt as ctrl_c:
+                interrupt = ctrl_c
+        if interrupt is not None:
+            raise interrupt
+        return not self._thread.is_alive()
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _state_of(raw: libvirt.virDomain) -> str:
+    state: int = raw.state()[0]  # type: ignore[assignment] # the binding's annotation is wrong
+    return STATES.get(state, "no state")
+
+
+def _current_name(raw: libvirt.virDomain) -> str | None:
+    if not raw.hasCurrentSnapshot():
+        return None
+    name: str = raw.snapshotCurrent().getName()
+    return name

@@ -1,0 +1,167 @@
+"""What we read from, and change in, the XML of domains and snapshots. Pure: touches nothing."""
+
+import datetime as dt
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+# so that a definition that we change keeps the prefixes that its owner knows
+ET.register_namespace("qemu", "http://libvirt.org/schemas/domain/qemu/1.0")
+
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+
+
+@dataclass(frozen=True)
+class DiskSource:
+    """A disk as the definition has it. `format` is None when the definition names none."""
+
+    target: str
+    kind: str
+    device: str
+    path: Path | None
+    format: str | None
+    readonly: bool
+    transient: bool = False
+
+    @property
+    def is_snapshotted(self) -> bool:
+        """Whether an internal snapshot must hold this disk: writable and not empty."""
+        return self.device in ("disk", "lun") and not self.readonly
+
+    @property
+    def is_raw(self) -> bool:
+        return self.is_snapshotted and self.format == "raw"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot as libvirt tells it; `state` in virsh's words ("running", "shut off", …).
+
+    `created` is in UTC, to the second: that is all that libvirt keeps.
+    """
+
+    name: str
+    state: str
+    created: dt.datetime
+    parent: str | None
+    description: str
+    internal: bool = True
+
+
+def disks(domain_xml: str, default_format: str | None = None) -> list[DiskSource]:
+    """Return the disks of a definition, in its order.
+
+    `default_format` stands for a missing `<driver type=…>`: QEMU domains mean `raw` by it
+    (https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms).
+    """
+    return [
+        _disk(element, default_format)
+        for element in ET.fromstring(domain_xml).iterfind("./devices/disk")
+    ]
+
+
+def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
+    source, driver, target = (element.find(tag) for tag in ("source", "driver", "target"))
+    place = None
+    if source is not None:
+        place = source.get("file") or source.get("dev") or source.get("dir")
+    return DiskSource(
+        target=(target.get("dev") if target is not None else None) or "?",
+        kind=element.get("type", "file"),
+        device=element.get("device", "disk"),
+        path=Path(place) if place else None,
+        format=(driver.get("type") if driver is not None else None) or default_format,
+        readonly=element.find("readonly") is not None or element.get("device") == "cdrom",
+        transient=element.find("transient") is not None,
+    )
+
+
+def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
+    """Return the definition with the disks (by target) switched to these qcow2 images."""
+    root = ET.fromstring(domain_xml)
+    for element in root.iterfind("./devices/disk"):
+        target = element.find("target")
+        image = images.get((target.get("dev") or "") if target is not None else "")
+        source = element.find("source")
+        if image is None or source is None:
+            continue
+        source.set("file", str(image))
+        driver = element.find("driver")
+        if driver is None:
+            driver = ET.SubElement(element, "driver", {"name": "qemu"})
+        driver.set("type", "qcow2")
+    return ET.tostring(root, encoding="unicode")
+
+
+def name(domain_xml: str) -> str:
+    """Return the domain's name."""
+    return ET.fromstring(domain_xml).findtext("name", "")
+
+
+def has_agent_channel(domain_xml: str) -> bool:
+    """Tell whether the machine has the guest agent's virtio port."""
+    targets = ET.fromstring(domain_xml).iterfind("./devices/channel/target")
+    return any(target.get("name") == AGENT_CHANNEL for target in targets)
+
+
+def memory_bytes(domain_xml: str) -> int:
+    """Return the memory that the machine has at most."""
+    element = ET.fromstring(domain_xml).find("./memory")
+    if element is None or not element.text:
+        return 0
+    units = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+    unit = element.get("unit", "KiB")
+    if unit.lower() in ("b", "bytes"):
+        return int(element.text)
+    return int(element.text) << units[unit[0].lower()]  # libvirt itself always says KiB
+
+
+def console_log(domain_xml: str) -> Path | None:
+    """Return the file that the serial console is written to, when the definition names one."""
+    root = ET.fromstring(domain_xml)
+    for console in (*root.iterfind("./devices/serial"), *root.iterfind("./devices/console")):
+        log, source = console.find("log"), console.find("source")
+        if log is not None and log.get("file"):
+            return Path(log.get("file", ""))
+        if console.get("type") == "file" and source is not None and source.get("path"):
+            return Path(source.get("path", ""))
+    return None
+
+
+def has_pty_console(domain_xml: str) -> bool:
+    """Tell whether the console can be opened through libvirt."""
+    devices = ET.fromstring(domain_xml).find("./devices")
+    if devices is None:
+        return False
+    return any(
+        element.get("type") == "pty"
+        for tag in ("serial", "console")
+        for element in devices.iterfind(tag)
+    )
+
+
+def snapshot_request(name: str, description: str, disk_targets: list[str]) -> str:
+    """Return the XML that asks for an internal snapshot of these disks (and of the memory)."""
+    root = ET.Element("domainsnapshot")
+    ET.SubElement(root, "name").text = name
+    ET.SubElement(root, "description").text = description
+    if disk_targets:
+        listed = ET.SubElement(root, "disks")
+        for target in disk_targets:
+            ET.SubElement(listed, "disk", {"name": target, "snapshot": "internal"})
+    return ET.tostring(root, encoding="unicode")
+
+
+def snapshot(snapshot_xml: str) -> Snapshot:
+    """Read a snapshot from libvirt's XML."""
+    root = ET.fromstring(snapshot_xml)
+    state = root.findtext("state", "")
+    parts = [root.find("memory"), *root.iterfind("./disks/disk")]
+    return Snapshot(
+        name=root.findtext("name", ""),
+        state={"shutoff": "shut off"}.get(state, state),
+        created=dt.datetime.fromtimestamp(int(root.findtext("creationTime", "0")), tz=dt.UTC),
+        parent=root.findtext("parent/name"),
+        description=root.findtext("description", ""),
+        internal=not any(part is not None and part.get("snapshot") == "external" for part in parts),
+    )

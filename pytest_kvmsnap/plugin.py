@@ -1,0 +1,116 @@
+"""pytest's hooks: they decide, others act. This module is loaded in every pytest run."""
+
+import contextlib
+from collections.abc import Generator, Iterator
+
+import pytest
+from _pytest.main import wrap_session
+from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
+
+from pytest_kvmsnap import hooks, markers, run
+from pytest_kvmsnap.errors import KvmsnapError
+from pytest_kvmsnap.settings import OPTIONS
+from pytest_kvmsnap.usage import uses_our_machine
+
+pytest_plugins = ("pytest_kvmsnap.fixtures",)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hooks)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kvmsnap", "clean virtual machines (pytest-kvmsnap)")
+    for option in OPTIONS:
+        text = f"{option.help} (default: {option.default_text})"
+        group.addoption(
+            option.flag,
+            dest=f"kvmsnap_{option.key}",
+            action="append" if option.name == "domain" else "store",
+            default=None,
+            metavar=option.metavar,
+            help=text.replace("%", "%%"),
+        )
+        parser.addini(option.ini, f"{option.flag} in ini: {option.help}", default=None)
+    group.addoption(
+        "--kvmsnap-clean",
+        action="store_true",
+        help="undo what dead runs left on machines of this host, print it, run no test",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in markers.marker_lines():
+        config.addinivalue_line("markers", line)
+    with _usage_errors():
+        run.settings_without_hook(config)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if uses_our_machine(item):
+        item.add_marker("kvm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
+    if not config.getoption("kvmsnap_clean"):
+        return None
+    return wrap_session(config, _clean)
+
+
+def _clean(config: pytest.Config, session: pytest.Session) -> int:  # noqa: ARG001 - pytest's call
+    with _usage_errors():
+        return run.clean(config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    if not _will_run_nothing(session):
+        with _usage_errors():
+            run.check_machines(
+                session.config,
+                [item for item in session.items if uses_our_machine(item) and _will_run(item)],
+            )
+    return (yield)
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Let pytest print our message and exit with 4."""
+    try:
+        yield
+    except KvmsnapError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _will_run_nothing(session: pytest.Session) -> bool:
+    option = session.config.option
+    is_broken = bool(session.testsfailed) and not option.continue_on_collection_errors
+    return is_broken or option.collectonly or option.setupplan
+
+
+def _will_run(item: pytest.Item) -> bool:
+    """Tell whether no marker skips the test, or expects its failure without running it."""
+    try:
+        if evaluate_skip_marks(item):
+            return False
+        expected = evaluate_xfail_marks(item)
+    except pytest.fail.Exception:  # a wrong marker of pytest's, which pytest reports itself
+        return False
+    return expected is None or expected.run or item.config.option.runxfail
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave the machines as they were found, after the last fixture is torn down."""
+    if not run.close(session.config) and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for text in run.closing_words(terminalreporter.config):
+        terminalreporter.section("pytest-kvmsnap", sep="=")
+        terminalreporter.write_line(text)

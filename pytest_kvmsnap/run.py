@@ -1,0 +1,174 @@
+"""What the hooks and fixtures share of one pytest run: its settings and its lab."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kvmsnap import markers, settings
+from pytest_kvmsnap.errors import ConfigError, KvmsnapError, UsageProblem, merged
+from pytest_kvmsnap.settings import OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from pytest_kvmsnap.lab.lab import Lab, Voice
+    from pytest_kvmsnap.vm import VM
+
+_SETTINGS = pytest.StashKey[Settings]()
+_LAB = pytest.StashKey["Lab"]()
+_CLOSING = pytest.StashKey[list[str]]()
+
+
+def settings_without_hook(config: pytest.Config) -> Settings:
+    """Return what command line and ini come to, so that a wrong value is told at once."""
+    return settings.resolve(_command_line(config), {}, _ini(config))
+
+
+def settings_of(config: pytest.Config) -> Settings:
+    """Return the settings of this run; the first call asks the lab hook."""
+    if _SETTINGS not in config.stash:
+        returned: object = config.hook.pytest_kvmsnap_lab(config=config)
+        hook = settings.hook_values(returned)
+        config.stash[_SETTINGS] = settings.resolve(_command_line(config), hook, _ini(config))
+    return config.stash[_SETTINGS]
+
+
+def _command_line(config: pytest.Config) -> dict[str, object]:
+    return {option.key: config.getoption(f"kvmsnap_{option.key}") for option in OPTIONS}
+
+
+def _ini(config: pytest.Config) -> dict[str, object]:
+    return {option.key: config.getini(option.ini) for option in OPTIONS}
+
+
+def lab_of(config: pytest.Config) -> "Lab":
+    """Return the lab of this run; the first call imports libvirt."""
+    if _LAB not in config.stash:
+        run_settings = settings_of(config)
+        config.stash[_LAB] = _lab_class()(run_settings, voice(config))
+    return config.stash[_LAB]
+
+
+def _lab_class() -> "type[Lab]":
+    try:
+        from pytest_kvmsnap.lab.lab import Lab
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("libvirt", "libvirtmod", "libvirt_qemu"):
+            raise
+        raise ConfigError(
+            "libvirt's Python binding cannot be imported",
+            why=str(error),
+            cure="install libvirt (libvirt0 on Debian and Ubuntu, libvirt-libs on Fedora), then"
+            " pip install --force-reinstall libvirt-python",
+        ) from None
+    return Lab
+
+
+def voice(config: pytest.Config) -> "Voice":
+    """Return how the lab speaks: through pytest's terminal, past its capture."""
+    from pytest_kvmsnap.lab.lab import Voice
+
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    uncaptured = (
+        capture.global_and_fixture_disabled if capture is not None else contextlib.nullcontext
+    )
+
+    def line(text: str) -> None:
+        if terminal is not None:
+            with uncaptured():
+                terminal.ensure_newline()
+                terminal.write_line(f"kvmsnap: {text}")
+
+    def progress(what: str, percent: float) -> None:
+        if terminal is not None and terminal.isatty:
+            with uncaptured():
+                terminal.rewrite(f"kvmsnap: converting {what} {percent:3.0f} %", erase=True)
+                sys.stdout.flush()
+
+    return Voice(line, progress)
+
+
+@contextlib.contextmanager
+def clean_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
+    """Give the machine that a fixture request asks for; errors are told without a traceback."""
+    config = request.config
+    with contextlib.ExitStack() as stack:
+        with _told():
+            wanted = markers.request_of(
+                request.node, settings_of(config), getattr(request, "param", None)
+            )
+            vm = stack.enter_context(lab_of(config).clean_machine(wanted, request.node.nodeid))
+        yield vm
+        with _told():
+            stack.close()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """End the test with the message of an error of ours, which says it all."""
+    __tracebackhide__ = True
+    try:
+        yield
+    except KvmsnapError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    """Check the machines that these tests will use, and convert their raw images.
+
+    Raises:
+        UsageProblem: something stands in the way.
+    """
+    if items:
+        requests = _requests_of(items, settings_of(config))
+        lab_of(config).check(requests)
+
+
+def _requests_of(items: Sequence[pytest.Item], run_settings: Settings) -> list[markers.Request]:
+    problems: dict[str, UsageProblem] = {}
+    requests = []
+    for item in items:
+        parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+        try:
+            requests.append(markers.request_of(item, run_settings, parameters.get("vm")))
+        except ConfigError as problem:
+            problems.setdefault(str(problem), problem)
+    if problems:
+        raise merged(list(problems.values()))
+    return requests
+
+
+def close(config: pytest.Config) -> bool:
+    """Leave the machines as they were found; tell whether that went well."""
+    lab = config.stash.get(_LAB, None)
+    if lab is None:
+        return True
+    unproven = lab.unproven
+    failures = lab.close()
+    config.stash[_CLOSING] = [*_unproven_words(unproven), *map(str, failures)]
+    return not failures
+
+
+def _unproven_words(unproven: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{machine}: after {len(tests)} tests the guest could not take or look for the marks of the"
+        " proof (it was off, or broken by the test), so that the revert is proven by power state"
+        f" and current snapshot alone: {', '.join(tests[:5])}{' …' if len(tests) > 5 else ''}"
+        for machine, tests in unproven.items()
+    ]
+
+
+def closing_words(config: pytest.Config) -> list[str]:
+    """Return what must be said at the end of the run; mostly nothing."""
+    return config.stash.get(_CLOSING, [])
+
+
+def clean(config: pytest.Config) -> int:
+    """Undo what dead runs left; return the exit status."""
+    lab = lab_of(config)
+    try:
+        return 1 if lab.clean() else 0
+    finally:
+        lab.close()

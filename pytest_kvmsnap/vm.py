@@ -1,0 +1,244 @@
+"""`VM`: the machine as a test holds it."""
+
+import contextlib
+import itertools
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pytest_kvmsnap.errors import AgentError, ConfigError
+from pytest_kvmsnap.guest.agent import CHUNK, Agent
+from pytest_kvmsnap.guest.ready import Ready, set_clock, wait_ready
+from pytest_kvmsnap.machine import images
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.domainxml import Snapshot
+from pytest_kvmsnap.machine.images import Disk
+from pytest_kvmsnap.machine.libvirt_api import libvirt
+
+
+class VM:
+    """A machine that is running, ready and clean, and is made so again after the test.
+
+    Attributes:
+        name: the domain's name.
+        uuid: the domain's UUID.
+        uri: the libvirt URI of its host.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        *,
+        ready: Ready,
+        ready_timeout: float,
+        revert_timeout: float,
+        description: str,
+    ) -> None:
+        self.name = domain.name
+        self.uuid = domain.uuid
+        self.uri = domain.hypervisor.uri
+        self._domain = domain
+        self._agent = Agent(domain)
+        self._ready = ready
+        self._ready_timeout = ready_timeout
+        self._revert_timeout = revert_timeout
+        self._description = description
+        self._numbers = itertools.count(1)
+
+    def __repr__(self) -> str:
+        return f"<VM {self.name!r} at {self.uri}>"
+
+    # power
+
+    @property
+    def domain(self) -> libvirt.virDomain:
+        """The domain as libvirt-python has it, for all that is not here."""
+        return self._domain.raw
+
+    @property
+    def state(self) -> str:
+        """The state in virsh's words, such as "running", "paused" or "shut off"."""
+        return self._domain.state()
+
+    def start(self) -> None:
+        """Start the machine; `wait_ready` waits until it can be used."""
+        self._domain.start()
+
+    def shutdown(self, timeout: float = 60) -> None:
+        """Ask the guest to shut down and wait, `timeout` seconds at most, until it is off."""
+        self._domain.shutdown(timeout)
+
+    def destroy(self) -> None:
+        """Pull the plug."""
+        self._domain.destroy()
+
+    def reboot(self, timeout: float = 60) -> None:
+        """Ask the guest to reboot and wait, `timeout` seconds at most, until it does.
+
+        `wait_ready` waits until it is up again.
+        """
+        self._domain.reboot(timeout)
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the machine is ready, `--kvmsnap-ready-timeout` seconds unless told otherwise.
+
+        Raises:
+            NotReadyError: it is not; the message has the last lines of its console.
+        """
+        wait_ready(self._domain, self._ready, self._ready_timeout if timeout is None else timeout)
+
+    # snapshots and disks
+
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """Take a snapshot, with the memory when the machine runs; gone after the test."""
+        chosen = name or f"kvmsnap-test-{os.getpid()}-{next(self._numbers)}"
+        if chosen.startswith(".") or "/" in chosen:
+            # the test driver accepts such names, QEMU does not
+            raise ConfigError(
+                f"wrong name for a snapshot: {chosen!r}",
+                where=self._domain.where,
+                why="libvirt's QEMU driver refuses names with / or with a dot at the start",
+            )
+        return self._domain.take_snapshot(chosen, self._description)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return all snapshots of the machine."""
+        return self._domain.snapshots()
+
+    @property
+    def current_snapshot(self) -> Snapshot | None:
+        """The snapshot that the machine was last reverted to or last taken of, if any."""
+        current = self._domain.current()
+        return next((s for s in self._domain.snapshots() if s.name == current), None)
+
+    def revert(self, snapshot: str | Snapshot) -> None:
+        """Revert to a snapshot, with force; a machine that runs then is ready, its clock set."""
+        self._domain.end_block_jobs()
+        self._domain.revert(_name(snapshot), self._revert_timeout)
+        if self.state == "running":
+            self.wait_ready()
+            if self._ready == "agent":
+                set_clock(self._domain)
+
+    def delete_snapshot(self, snapshot: str | Snapshot) -> None:
+        """Delete a snapshot."""
+        self._domain.delete_snapshot(_name(snapshot))
+
+    def disks(self) -> list[Disk]:
+        """Return the writable disks and what is in their images; on this host only."""
+        found = []
+        for disk in self._domain.disks():
+            if disk.is_snapshotted and disk.path is not None and disk.format is not None:
+                told = images.info(disk.path, disk.format, in_use=self._domain.is_active())
+                found.append(
+                    Disk(
+                        disk.target,
+                        disk.path,
+                        disk.format,
+                        told.virtual_size,
+                        told.disk_size,
+                        told.snapshots,
+                    )
+                )
+        return found
+
+    # the guest
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        text: bool = True,
+        timeout: float = 60,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command in the guest, as root, by the guest agent.
+
+        A string goes to the guest's shell, a list is executed as it is. `env` is added to the
+        agent's environment. With `text=False` input and output are bytes.
+
+        Raises:
+            subprocess.CalledProcessError: `check` is given and the status is not 0.
+            subprocess.TimeoutExpired: it took more than `timeout` seconds; it was killed.
+            AgentError: the agent did not answer, or could not start it.
+        """
+        __tracebackhide__ = True
+        shown = command if isinstance(command, str) else list(command)
+        stdin = input.encode() if isinstance(input, str) else input
+        try:
+            done = self._agent.run(_argv(command, env, cwd), stdin=stdin, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise subprocess.TimeoutExpired(shown, timeout) from None
+        out, err = (
+            (done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+            if text
+            else (done.stdout, done.stderr)
+        )
+        if check and done.status:
+            raise subprocess.CalledProcessError(done.status, shown, out, err)
+        return subprocess.CompletedProcess(shown, done.status, out, err)  # type: ignore[arg-type]
+
+    def read_bytes(self, path: str) -> bytes:
+        """Return the content of a file in the guest."""
+        __tracebackhide__ = True
+        return b"".join(self._agent.read(path))
+
+    def read_text(self, path: str) -> str:
+        """Return the content of a UTF-8 file in the guest."""
+        __tracebackhide__ = True
+        return self.read_bytes(path).decode()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a file in the guest, replacing what was there."""
+        __tracebackhide__ = True
+        self._agent.write(path, iter([data]))
+
+    def write_text(self, path: str, data: str) -> None:
+        """Write a UTF-8 file in the guest, replacing what was there."""
+        __tracebackhide__ = True
+        self.write_bytes(path, data.encode())
+
+    def put(self, local: str | os.PathLike[str], remote: str) -> None:
+        """Copy a file of any size into the guest, with its mode."""
+        __tracebackhide__ = True
+        with Path(local).open("rb") as source:
+            self._agent.write(remote, iter(lambda: source.read(CHUNK), b""))
+        mode = Path(local).stat().st_mode & 0o7777
+        with contextlib.suppress(AgentError):  # a guest without chmod has no modes either
+            self._agent.run(["chmod", f"{mode:o}", remote])
+
+    def get(self, remote: str, local: str | os.PathLike[str]) -> None:
+        """Copy a file of any size out of the guest."""
+        __tracebackhide__ = True
+        chunks = self._agent.read(remote)
+        first = next(chunks, b"")  # a file that is not there leaves none here
+        with Path(local).open("wb") as target:
+            target.write(first)
+            for chunk in chunks:
+                target.write(chunk)
+
+
+def _name(snapshot: str | Snapshot) -> str:
+    return snapshot if isinstance(snapshot, str) else snapshot.name
+
+
+def _argv(
+    command: str | Sequence[str], env: Mapping[str, str] | None, cwd: str | None
+) -> list[str]:
+    """Return the argument list for the agent, which knows no working directory.
+
+    The agent's own `env` replaces the whole environment, so the variables go by env(1). Neither a
+    value nor the folder passes through a shell's parser.
+    """
+    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+    if not argv:
+        raise ValueError("the command is empty")
+    if env:
+        argv = ["env", *(f"{key}={value}" for key, value in env.items()), *argv]
+    if cwd is not None:
+        argv = ["/bin/sh", "-c", 'cd -- "$1" && shift && exec "$@"', "sh", cwd, *argv]
+    return argv
