@@ -1,7 +1,7 @@
 """The example's guest: a tiny Linux with busybox and the QEMU guest agent.
 
-It is built from the packages of the distribution underneath, Debian or Ubuntu, without root, and kept
-in the user's cache. Tests, the example suite and the benchmarks share it.
+It is built from the packages of the distribution underneath, Debian or Ubuntu, without root, and
+kept in the user's cache. Tests, the example suite and the benchmarks share it.
 
     python example_suite/guest.py       # builds it if needed, prints where it is
 """
@@ -118,7 +118,8 @@ while :; do
     [ "${up%.*}" -lt 20 ] || wait=1
 done
 """,
-    # The agent calls `shutdown -h -P +0`, `-h -H +0` or `-h -r +0`. Busybox init would take two seconds.
+    # The agent calls `shutdown -h -P +0`, `-h -H +0` or `-h -r +0`. Busybox init, which is asked by
+    # `poweroff` without -f, would take two seconds.
     "usr/sbin/shutdown": """\
 #!/bin/sh
 how=poweroff
@@ -166,7 +167,8 @@ class Guest:
 def build(say: Callable[[str], None] = lambda text: None) -> Guest:
     """Return the guest, building it first if the cache has none for these packages.
 
-    `say` is told what is going on, only while building. Raises `GuestError` where it cannot be built.
+    `say` is told what is going on, only while building. Raises `GuestError` where it cannot be
+    built. From the cache it takes milliseconds.
     """
     cache = _cache()
     stamp = cache / f"asked-{_digest(_source(), _lists_stamp())}"
@@ -214,9 +216,9 @@ def domain_xml(
 ) -> str:
     """Describe a machine for libvirt that boots `guest` from `disk`, a copy of its root.
 
-    `kind` is libvirt's domain type, by default `kvm` where that works and else `qemu`; with `console_log`
-    libvirt writes all that the serial console prints there. Memory is in MiB. Boots in seconds: no
-    firmware menu, network or USB.
+    `kind` is libvirt's domain type, by default `kvm` where that works and else `qemu`. With
+    `console_log`, all that the serial console prints is appended there. For a quick boot there is
+    no network and no USB.
     """
     domain = ET.Element("domain", type=kind or ("kvm" if kvm_works() else "qemu"))
     _add(domain, "name", name)
@@ -270,7 +272,7 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: st
 def kvm_works() -> bool:
     """Tell whether KVM runs guests here, by running the example's kernel for a moment.
 
-    Less is no proof: there are sandboxes where `/dev/kvm` opens and runs a boot sector, but no Linux.
+    Less is no proof: there are sandboxes where `/dev/kvm` runs a boot sector, but no Linux.
     Takes three seconds at most, once per process; builds the guest if the cache has none.
     """
     qemu = shutil.which("qemu-system-x86_64")
@@ -306,7 +308,7 @@ def _reaches_user_space(qemu: str, guest: Guest, accelerator: str) -> bool:
     return PROBE_ANSWER.encode() in done.stdout
 
 
-# --- the cache ---------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def _cache() -> Path:
@@ -325,7 +327,10 @@ def _digest(*parts: str) -> str:
 
 
 def _lists_stamp() -> str:
-    """Return a text that changes when APT learns of other packages; asking APT takes most of a second."""
+    """Return a text that changes when APT learns of other packages.
+
+    To ask APT itself takes most of a second.
+    """
     try:
         lists = sorted(path for path in APT_LISTS.iterdir() if "_Packages" in path.name)
         return "\n".join(f"{path.name} {path.stat().st_mtime_ns}" for path in lists)
@@ -357,7 +362,7 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _build_into(folder: Path, packages: Sequence[str], say: Callable[[str], None]) -> None:
-    """Build the guest in a private folder beside `folder`, which then appears complete or not at all."""
+    """Build the guest in a private folder; then `folder` appears, complete or not at all."""
     say("building the example guest (once, about 10 seconds)")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as work:
         unpacked = _unpack([*packages, *_library_packages()], Path(work), say)
@@ -371,11 +376,14 @@ def _build_into(folder: Path, packages: Sequence[str], say: Callable[[str], None
     say(f"the example guest is in {folder}")
 
 
-# --- packages ----------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 def _run(*command: str, cwd: Path | None = None, **environment: str) -> str:
-    """Run a tool and return what it printed; raise `GuestError` with its complaint when it fails."""
+    """Run a tool and return what it printed.
+
+    Raises `GuestError` with the tool's complaint if it fails, or is missing.
+    """
     try:
         done = subprocess.run(
             command,
@@ -460,7 +468,7 @@ def _unpack(packages: Sequence[str], work: Path, say: Callable[[str], None]) -> 
     return unpacked
 
 
-# --- the kernel and its initramfs --------------------------------------------------------------------
+# --- the kernel and its initramfs -----------------------------------------------------------------
 
 
 def _take_kernel(unpacked: Path, kernel: Path) -> str:
@@ -556,7 +564,7 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-# --- the root file system ----------------------------------------------------------------------------
+# --- the root file system -------------------------------------------------------------------------
 
 
 def _write_root(unpacked: Path, work: Path, image: Path) -> None:
@@ -568,7 +576,7 @@ def _write_root(unpacked: Path, work: Path, image: Path) -> None:
         os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
     with image.open("wb") as file:
         file.truncate(ROOT_SIZE_MIB << 20)
-    # Initialised at once and with few inodes: else the guest's kernel would write to its disk for a while.
+    # Initialised at once, with few inodes: else the guest's kernel writes to its disk for a while.
     options = f"root_owner=0:0,lazy_itable_init=0,hash_seed={FILE_SYSTEM_ID}"
     command = [
         "mke2fs",
@@ -609,7 +617,7 @@ def _add_busybox(unpacked: Path, tree: Path) -> None:
     busybox = _busybox(unpacked)
     shutil.copy(busybox, tree / "usr/bin/busybox")
     for applet in _run(str(busybox), "--list-full").split():
-        # Debian's guest agent looks for its helpers in /sbin; with both merged into /usr that is usr/sbin.
+        # All is merged into /usr: /sbin, where the agent looks for helpers, is a link to usr/sbin.
         path = tree / "usr" / Path(applet).relative_to("usr" if applet.startswith("usr/") else "")
         if path.name != "busybox" and path.parent.is_dir() and not path.exists():
             path.symlink_to("/usr/bin/busybox")

@@ -1,7 +1,7 @@
-"""A place for the example's machines: libvirt inside of the test process, without daemon or set-up.
+"""A place for the example's machines: libvirt inside of the test process, no daemon, no set-up.
 
-`qemu:///embed?root=…` runs libvirt's QEMU driver in the process that opens it. All of it, definitions,
-sockets and logs, stays below one private folder.
+`qemu:///embed?root=…` runs libvirt's QEMU driver in the process that opens it. All that it needs,
+definitions, sockets and logs, stays below one private folder.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -24,8 +27,9 @@ from types import TracebackType
 import guest as guests
 
 MARKER = ".kvmsnap-lab"
-LONGEST_ROOT = 50
-"""Characters. A socket's path has 107 at most, and libvirt adds up to 57 for the agent's."""
+LONGEST_ROOT = 27
+"""In bytes. A socket's path has 107 at most, and libvirt adds up to 80 for the agent's:
+`/lib/qemu/channel/target/domain-ID-NAME/org.qemu.guest_agent.0`, 20 of them from the name."""
 
 # Without a log daemon and without changes to owners, which need rights that a container lacks.
 QEMU_CONF = """\
@@ -49,8 +53,8 @@ class LabError(RuntimeError):
 class Lab:
     """A private root folder of libvirt, and the machines in it. Made by `open_lab`.
 
-    As a context manager it removes itself at the end. Machines are added before the first connection to
-    `uri`: libvirt reads their definitions when it starts.
+    As a context manager it removes itself at the end. Add machines before the process connects to
+    `uri` for the first time: libvirt reads their definitions when it starts, and only then.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,6 +73,16 @@ class Lab:
     ) -> None:
         self.remove()
 
+    def log_to_file(self) -> Path:
+        """Have libvirt write its warnings to a file instead of stderr; return the file.
+
+        It works through the environment, so before `libvirt` is imported, or not at all. What the
+        user has set there already is kept.
+        """
+        log = self.folder / "libvirt.log"
+        os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{log}")
+        return log
+
     def add_machine(
         self,
         name: str,
@@ -80,9 +94,10 @@ class Lab:
         agent: bool = True,
         kind: str | None = None,
     ) -> Path:
-        """Define the example's guest as machine `name`, on a new disk, and return the disk's path.
+        """Define the example's guest as machine `name` on a new disk; return the disk's path.
 
-        A machine that is there already is replaced, with its disk and its snapshots, unless it runs.
+        A machine of that name is replaced, with its disk and its snapshots. Raises `LabError` if
+        it runs.
         """
         guest = guest or guests.build()
         self._forget(name)
@@ -98,36 +113,60 @@ class Lab:
             agent=agent,
             kind=kind,
         )
-        # libvirt reads this folder when it starts. To define the machine through a connection would
-        # keep this root, and libvirt's event loop, in this process for good, before the plugin comes.
+        # A file, since a connection would hold this root until the end of the process, and needs
+        # an event loop from then on; both are the plugin's to choose.
         _write(self._definition(name), xml)
         return disk
 
     def add_snapshot(self, name: str, snapshot: str) -> None:
         """Take snapshot `snapshot` of machine `name`, which is off and on a qcow2 disk.
 
-        Takes about half a second: what libvirt keeps about a snapshot differs between its versions, so it
-        is libvirt that writes it, in a process of its own. Nobody else may be connected to the lab.
+        What libvirt keeps about a snapshot differs between its versions, so libvirt itself writes
+        it, in a process of its own: some tenths of a second, in a new lab some seconds. Raises
+        `LabError` if it fails, as it does while another process, or this one, is connected.
         """
         command = [sys.executable, __file__, self.uri, name, snapshot]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            raise LabError(f"snapshot {snapshot!r} of {name!r} failed: {done.stderr.strip()}")
+            cause = done.stderr.strip().rpartition("\n")[2]  # above it is the traceback
+            raise LabError(f"snapshot {snapshot!r} of {name!r} failed: {cause}")
 
     def remove(self) -> None:
-        """Delete the lab's folder. Raises `LabError` if it is not one that `open_lab` made."""
+        """End the machines that still run here, and delete the lab's folder.
+
+        Raises `LabError` if the folder is not one that `open_lab` made.
+        """
         if not (self.folder / MARKER).is_file():
             raise LabError(f"{self.folder} has no {MARKER}: not a lab, so it stays")
+        for pid_file in (self.folder / "run" / "qemu").glob("*.pid"):
+            if pid_file.name != "driver.pid":
+                self._end(pid_file)
         shutil.rmtree(self.folder)
+
+    def _end(self, pid_file: Path) -> None:
+        """Kill a QEMU, unless its number is meanwhile that of a process of other people."""
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
+            pid = int(pid_file.read_text(encoding="ascii"))
+            process = os.pidfd_open(pid)
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if os.fsencode(self.folder / "lib" / "qemu") in command:
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    select.select([process], [], [], 10)
+            finally:
+                os.close(process)
 
     def _definition(self, name: str) -> Path:
         return self.folder / "etc" / "qemu" / f"{name}.xml"
 
     def _forget(self, name: str) -> None:
         if (self.folder / "run" / "qemu" / f"{name}.xml").exists():
-            raise LabError(f"machine {name!r} in {self.folder} runs, or its run was cut short")
+            raise LabError(
+                f"machine {name!r} in {self.folder} runs, or its last run was cut short;"
+                f" end it (virsh -c '{self.uri}' destroy {name}), or remove the lab"
+            )
         self._definition(name).unlink(missing_ok=True)
         for kept in ("snapshot", "checkpoint"):
             shutil.rmtree(self.folder / "lib" / "qemu" / kept / name, ignore_errors=True)
@@ -144,7 +183,7 @@ def open_lab(folder: Path | None = None) -> Lab:
         else folder.absolute()
     )
     if len(os.fsencode(folder)) > LONGEST_ROOT:
-        raise LabError(f"{folder} is too long for sockets: {LONGEST_ROOT} characters at most")
+        raise LabError(f"{folder} is too long for sockets: {LONGEST_ROOT} bytes at most")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
     marker = folder / MARKER
@@ -157,6 +196,10 @@ def open_lab(folder: Path | None = None) -> Lab:
     (folder / "etc" / "qemu").mkdir(parents=True, exist_ok=True)
     _write(folder / "etc" / "qemu.conf", QEMU_CONF + (QEMU_CONF_ROOT if os.geteuid() == 0 else ""))
     return lab
+
+
+def _default_folder() -> Path:
+    return Path(tempfile.gettempdir(), f"kvmsnap-{os.geteuid()}")
 
 
 def _check_private(folder: Path) -> None:
@@ -185,47 +228,57 @@ def _copy_as(guest: guests.Guest, disk: Path, disk_format: str) -> None:
 
 @contextlib.contextmanager
 def reap_orphans(interval: float = 0.01) -> Iterator[None]:
-    """Collect dead QEMU processes at once; for the time of the context.
+    """Collect dead QEMU processes at once, for the time of the context.
 
-    libvirt's QEMU is nobody's child, and where PID 1 collects late (some containers), it lingers as a
-    zombie for which libvirt waits: 1.4 s longer for each revert. So this process adopts its orphans, and
-    a thread looks for dead QEMUs among them every `interval` seconds. Children that were started here,
-    by `subprocess` or by libvirt itself, are left to those who wait for them.
+    libvirt's QEMU is nobody's child, and where PID 1 collects late (some containers), it lingers
+    as a zombie for which libvirt waits: each revert takes 1.4 s longer. So this process adopts its
+    orphans, and a thread looks for dead QEMUs among them every `interval` seconds. Children that
+    were started here, by `subprocess` or by libvirt itself, are left to those who wait for them.
     """
     before = _subreaper()
     _set_subreaper(1)
-    stop = threading.Event()
+    leaving = threading.Event()
     thread = threading.Thread(
-        target=_reap_until, args=(stop, interval), name="kvmsnap-reaper", daemon=True
+        target=_reap_until, args=(leaving, interval), name="kvmsnap-reaper", daemon=True
     )
     thread.start()
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
         _set_subreaper(before)
+        # The thread ends after the last machine: those that still run stay adopted, and if nobody
+        # collected them, libvirt would wait 40 s for each.
+        leaving.set()
 
 
-def _reap_until(stop: threading.Event, interval: float) -> None:
+def _reap_until(leaving: threading.Event, interval: float) -> None:
     # Orphans go to the main thread of the process that adopts them.
     children = Path(f"/proc/self/task/{os.getpid()}/children")
-    while not stop.wait(interval):
-        for pid in children.read_text(encoding="ascii").split():
-            if _is_dead_daemon(pid):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(int(pid), os.WNOHANG)
+    running = True
+    while running or not leaving.is_set():
+        time.sleep(interval)
+        adopted = [
+            pid for pid in children.read_text(encoding="ascii").split() if _is_adopted_machine(pid)
+        ]
+        running = not all(_reaped(int(pid)) for pid in adopted)
 
 
-def _is_dead_daemon(pid: str) -> bool:
-    """Tell whether `pid` is a QEMU that ended, in a session other than ours: not started by us."""
+def _reaped(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG) != (0, 0)
+    except ChildProcessError:
+        return True
+
+
+def _is_adopted_machine(pid: str) -> bool:
+    """Tell whether `pid` is a QEMU of another session than ours: libvirt detached it."""
     try:
         line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return False
     name, _, rest = line.partition("(")[2].rpartition(")")
-    state, _parent, _group, session = rest.split()[:4]
-    return state == "Z" and name.startswith("qemu-system") and int(session) != os.getsid(0)
+    session = rest.split()[3]
+    return name.startswith("qemu-system") and int(session) != os.getsid(0)
 
 
 def _subreaper() -> int:
@@ -246,7 +299,7 @@ def _prctl(option: int, argument: object) -> None:
 
 
 def _take_snapshot(uri: str, name: str, snapshot: str) -> None:
-    import libvirt  # noqa: PLC0415 (needed by this process of add_snapshot only)
+    import libvirt
 
     libvirt.virEventRegisterDefaultImpl()
     stop = threading.Event()

@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.hookspec(firstresult=True)
-def pytest_kvmsnap_lab(config: pytest.Config) -> Mapping[str, object] | None:  # noqa: ARG001
+def pytest_kvmsnap_lab(config: pytest.Config) -> Mapping[str, object] | None:
     """Return option names and values, for a suite whose conftest builds or finds its machines.
 
     Called once per process, before anything is connected and only when a machine will be used. The

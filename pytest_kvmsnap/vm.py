@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -169,8 +170,21 @@ class VM:
         __tracebackhide__ = True
         shown = command if isinstance(command, str) else list(command)
         stdin = input.encode() if isinstance(input, str) else input
+        argv = _argv(command, env, cwd)
+        if stdin is not None and len(stdin) > CHUNK:  # too long for one message to the agent
+            path = f"/tmp/.kvmsnap-input-{secrets.token_hex(8)}"  # noqa: S108 - in the guest
+            self.write_bytes(path, stdin)
+            argv = [
+                "/bin/sh",
+                "-c",
+                'exec < "$1" && rm -f "$1" && shift && exec "$@"',
+                "sh",
+                path,
+                *argv,
+            ]
+            stdin = None
         try:
-            done = self._agent.run(_argv(command, env, cwd), stdin=stdin, timeout=timeout)
+            done = self._agent.run(argv, stdin=stdin, timeout=timeout)
         except subprocess.TimeoutExpired:
             raise subprocess.TimeoutExpired(shown, timeout) from None
         out, err = (

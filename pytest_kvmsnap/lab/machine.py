@@ -9,6 +9,7 @@ from pytest_kvmsnap.errors import (
     QuarantinedError,
     RevertError,
     SnapshotError,
+    SnapshotNotFoundError,
 )
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
@@ -76,6 +77,12 @@ class Machine:
                 where=self.domain.where,
                 why=str(self._failure),
             )
+        if snapshot is not None and snapshot not in self._states:
+            raise SnapshotNotFoundError(
+                f"the snapshot {snapshot!r} was made after this run took the machine",
+                where=self.domain.where,
+                cure="start the run again",
+            )
         self._journal.test = test
         self._journal.save()
         try:
@@ -132,7 +139,7 @@ class Machine:
         if self._journal.found_snapshot is None:
             if self._found.state == "running" and self._settings.live:
                 wait_ready(self.domain, self._ready, self._settings.ready_timeout)
-                self._journal.planted = True
+                self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
             self._journal.found_snapshot = f"kvmsnap-found-{self._journal.run}"
@@ -233,7 +240,10 @@ class Machine:
 
     def _mark(self) -> Canary | None:
         """Have the guest make the marks that a revert must wipe out; None when it cannot."""
-        if not self._takes_marks() or self.domain.state() != "running":
+        try:
+            if not self._takes_marks() or self.domain.state() != "running":
+                return None
+        except MachineError:  # the domain is gone; the revert brings it back
             return None
         canary = Canary(Agent(self.domain), secrets.token_hex(8))
         return canary if canary.mark() else None

@@ -81,6 +81,9 @@ def as_found(
             _tidy_guest(domain, journal, means_of(domain, ready), ready_timeout)
         _delete_ours(domain, journal)
         _restore_current(domain, found)
+        if domain.xml(inactive=True) != found.definition:  # a revert changes the order of devices
+            domain.hypervisor.define(found.definition)
+        domain.set_autostart(found.autostart)
         _compare(domain, found)
     journal.remove()
 

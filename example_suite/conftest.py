@@ -1,0 +1,113 @@
+"""Where the example's machines come from, unless you name one of yours.
+
+`pytest example_suite` builds two machines in a folder of its own and removes them at the end.
+`pytest example_suite --kvmsnap-uri qemu:///system --kvmsnap-domain centos` runs the same tests on your
+machine; add `--example-snapshot NAME` for those that start from a snapshot.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import guest
+import pytest
+from lab import Lab, LabError, open_lab, reap_orphans
+
+from pytest_kvmsnap import VM
+
+MACHINE = "kvmsnap-example"
+INSTALLED = "kvmsnap-example-installed"  # a machine with a snapshot
+
+_LAB = pytest.StashKey[Lab]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("example")
+    group.addoption(
+        "--example-snapshot", metavar="NAME", help="a snapshot of the machine that you name"
+    )
+    if "--require-real" not in [name for option in group.options for name in option.names()]:
+        group.addoption(
+            "--require-real", action="store_true", help="fail where QEMU or libvirt is missing"
+        )
+
+
+def is_yours(config: pytest.Config) -> bool:
+    """Tell whether the suite runs on the reader's own machine."""
+    return bool(config.getoption("kvmsnap_uri") or config.getoption("kvmsnap_domain"))
+
+
+def pytest_kvmsnap_lab(config: pytest.Config) -> dict[str, object] | None:
+    """Tell the plugin about our machines; it asks only when a test will use one."""
+    if is_yours(config):
+        return None
+    try:
+        return _build_lab(config)
+    except (LabError, guest.GuestError, OSError) as error:
+        raise pytest.UsageError(f"the example's machines cannot be built: {error}") from error
+
+
+def _build_lab(config: pytest.Config) -> dict[str, object]:
+    lab = open_lab()
+    config.stash[_LAB] = lab
+    # libvirt's own log: in an embedded libvirt it would go to this process's stderr
+    os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{lab.folder}/libvirt.log")
+    if not (
+        lab.images / "complete"
+    ).exists():  # else an earlier run was killed: the plugin mends it
+        linux = guest.build(print)
+        log = lab.images / "console.log"
+        lab.add_machine(MACHINE, guest=linux, disk_format="raw", console_log=log)
+        lab.add_machine(INSTALLED, guest=linux, disk_format="qcow2")
+        lab.add_snapshot(INSTALLED, "installed")
+        (lab.images / "complete").touch()
+    return {"uri": lab.uri, "domain": MACHINE, "lock-dir": lab.folder / "locks"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Point the tests that start from a snapshot at the machine that has one."""
+    snapshot = config.getoption("example_snapshot")
+    for item in items:
+        if item.get_closest_marker("installed") is None:
+            continue
+        if not is_yours(config):
+            item.add_marker(pytest.mark.kvm_domain(INSTALLED))
+            item.add_marker(pytest.mark.kvm_snapshot("installed"))
+        elif snapshot:
+            item.add_marker(pytest.mark.kvm_snapshot(snapshot))
+        else:
+            item.add_marker(pytest.mark.skip(reason="name a snapshot with --example-snapshot"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "installed: Start from a snapshot, see conftest.py.")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove our machines; the plugin has left them off by now."""
+    lab = config.stash.get(_LAB, None)
+    if lab is not None and not any((lab.folder / "run" / "qemu").glob("*.xml")):
+        lab.remove()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def orphans() -> Iterator[None]:
+    """Collect ended QEMUs in containers whose first process does not."""
+    with reap_orphans():
+        yield
+
+
+@pytest.fixture
+def marked_vm(vm: VM) -> VM:
+    """A clean machine with `123` in /opt/abc. Ours comes with it; yours gets it here."""
+    if vm.run(["test", "-e", "/opt/abc"]).returncode != 0:
+        vm.run("mkdir -p /opt && echo 123 > /opt/abc", check=True)
+    return vm
+
+
+@pytest.fixture
+def big_file(tmp_path: Path) -> Path:
+    """Some megabytes that do not compress."""
+    path = tmp_path / "big"
+    path.write_bytes(os.urandom(5 * 1024 * 1024))
+    return path

@@ -1,0 +1,430 @@
+"""A machine that fails is quarantined, and what could not be undone is said and kept.
+
+Mocks throughout: the test driver never fails.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import libvirt
+import pytest
+
+from pytest_kvmsnap.errors import AgentError, MachineError, RevertError, SnapshotError
+from pytest_kvmsnap.machine.domain import Domain
+
+if TYPE_CHECKING:
+    from tests.testdriver import Calls, Host, Suite
+
+THREE_TESTS = """
+    def test_one(vm): pass
+    def test_two(vm): pass
+    def test_three(vm): pass
+    def test_without(): pass
+"""
+
+
+def fail_when(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, when: Callable[..., bool]
+) -> None:
+    """Let a method of Domain fail where `when` says so of its arguments."""
+    original = getattr(Domain, method)
+
+    def failing(self: Domain, *args: Any, **kwargs: Any) -> object:
+        if when(*args):
+            raise error
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Domain, method, failing)
+
+
+def revert_error(why: str = "the mock says so") -> RevertError:
+    return RevertError("cannot revert to the snapshot", where="box", why=why)
+
+
+def first_call() -> Callable[..., bool]:
+    calls: list[object] = []
+    return lambda *_: not calls and not calls.append(0)  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "shut off"])
+def test_a_failing_revert_is_an_error_of_the_test_and_the_next_ones_fail_at_once(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, calls: "Calls", state: str
+) -> None:
+    host.define(state=state)
+    before = host.look()
+    fail_when(monkeypatch, "revert", revert_error(), first_call())
+    suite.write(THREE_TESTS)
+    result = suite.run()
+    result.assert_outcomes(passed=2, errors=3)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_one*",
+            "cannot revert to the snapshot",
+            "  where: box",
+            "  why:   the mock says so",
+            "*ERROR at setup of test_two*",
+            "the machine is in quarantine, since it failed before",
+            "  where: box at test:///default",
+            "  why:   cannot revert to the snapshot",
+            "           why:   the mock says so",
+            "*ERROR at setup of test_three*",
+            "the machine is in quarantine*",
+        ]
+    )
+    assert "Traceback" not in result.stdout.str()
+    assert host.look() == before, "it is put right at the end, where that works again"
+    assert calls.count("take") == (1 if state == "running" else 2)
+
+
+def test_a_quarantined_machine_leaves_others_alone(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("bad", state="running")
+    host.define("good", state="running")
+    before = host.looks()
+    fail_when(monkeypatch, "revert", revert_error(), first_call())
+    suite.write(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("vm", ["bad", "good", "bad", "good"], indirect=True)
+        def test_machine(vm): pass
+        """
+    )
+    suite.run(domain=None).assert_outcomes(passed=3, errors=2)
+    assert host.looks() == before
+
+
+def test_a_failing_snapshot_quarantines(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, calls: "Calls"
+) -> None:
+    host.define(state="running")
+    before = host.look()
+    error = SnapshotError("cannot take the snapshot", where="box", why="no room")
+    fail_when(monkeypatch, "take_snapshot", error, lambda *_: True)
+    suite.write(THREE_TESTS)
+    result = suite.run()
+    result.assert_outcomes(passed=1, errors=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at setup of test_one*",
+            "cannot take the snapshot",
+            "*ERROR at setup of test_two*",
+            "the machine is in quarantine*",
+            "  why:   cannot take the snapshot",
+        ]
+    )
+    assert calls.snapshots == []
+    assert host.look() == before
+    assert suite.left_over() == []
+
+
+@pytest.mark.parametrize("method", ["start", "resume"])
+def test_a_machine_that_does_not_come_up_is_quarantined(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    host.define(state="shut off" if method == "start" else "paused")
+    before = host.look()
+    error = MachineError("cannot bring the machine up", where="box", why="no memory")
+    fail_when(monkeypatch, method, error, lambda *_: True)
+    suite.write(THREE_TESTS)
+    suite.run().assert_outcomes(passed=1, errors=3)
+    assert host.look() == before
+    assert suite.left_over() == []
+
+
+def test_a_machine_that_is_elsewhere_after_the_revert_is_quarantined(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt says that it reverted, and did nothing."""
+    host.define(state="running")
+    original = Domain.revert
+    skipped = first_call()
+
+    def lying(self: Domain, name: str, timeout: float) -> None:
+        if not skipped():
+            original(self, name, timeout)
+
+    monkeypatch.setattr(Domain, "revert", lying)
+    suite.write("def test_one(vm): vm.destroy()\ndef test_two(vm): pass")
+    result = suite.run()
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "the machine is not where the revert to 'kvmsnap-found-*' should have brought it",
+            "  where: box at test:///default",
+            "  why:   it is shut off at *; expected running at 'kvmsnap-found-*'",
+        ]
+    )
+
+
+def test_a_revert_beyond_its_timeout_ends_with_a_destroyed_machine(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, calls: "Calls"
+) -> None:
+    host.define(state="running")
+    destroyed = threading.Event()
+    original_revert = libvirt.virDomain.revertToSnapshot
+    original_destroy = libvirt.virDomain.destroy
+    stuck = first_call()
+
+    def stuck_revert(self: libvirt.virDomain, *args: Any) -> int:
+        if stuck():
+            assert destroyed.wait(60)
+        return original_revert(self, *args)
+
+    def destroy(self: libvirt.virDomain) -> int:
+        destroyed.set()
+        return original_destroy(self)
+
+    monkeypatch.setattr(libvirt.virDomain, "revertToSnapshot", stuck_revert)
+    monkeypatch.setattr(libvirt.virDomain, "destroy", destroy)
+    suite.write(THREE_TESTS)
+    result = suite.run("--kvmsnap-revert-timeout=0.2")
+    result.assert_outcomes(passed=2, errors=3)
+    result.stdout.fnmatch_lines(
+        [
+            "cannot revert to the snapshot 'kvmsnap-found-*'",
+            "  where: box at test:///default",
+            "  why:   it took more than 0.2 s; the machine was destroyed",
+            "  cure:  give it more time with --kvmsnap-revert-timeout",
+        ]
+    )
+    assert calls.count("destroy") == 1
+
+
+# the end of the run
+
+
+def test_a_machine_that_cannot_be_left_as_found_is_told_and_remembered(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define(state="running")
+    before = host.look()
+    error = SnapshotError("cannot delete the snapshot", where="box", why="the mock says so")
+    suite.write("def test_one(vm): pass")
+    with monkeypatch.context() as patched:
+        fail_when(patched, "delete_snapshot", error, lambda *_: True)
+        result = suite.run()
+    result.assert_outcomes(passed=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["=* pytest-kvmsnap *=", "cannot delete the snapshot"])
+    assert [name.partition(".")[2] for name in suite.left_over()] == ["json", "lock"]
+    result = suite.run()
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["kvmsnap: put box back as found (running): *"])
+    assert host.look() == before
+    assert suite.left_over() == []
+
+
+def test_a_failing_end_does_not_hide_another_status(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define(state="running")
+    error = SnapshotError("cannot delete the snapshot", where="box", why="the mock says so")
+    fail_when(monkeypatch, "delete_snapshot", error, lambda *_: True)
+    suite.write("def test_one(vm): raise KeyboardInterrupt")
+    assert suite.run().ret == pytest.ExitCode.INTERRUPTED
+
+
+def test_one_machine_that_fails_at_the_end_does_not_keep_the_next_from_its_end(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("one", state="running")
+    host.define("two", state="running")
+    before = host.look("two")
+    error = SnapshotError("cannot delete the snapshot", where="one", why="the mock says so")
+    fail_when(monkeypatch, "delete_snapshot", error, first_call())
+    suite.write(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("vm", ["one", "two"], indirect=True)
+        def test_machine(vm): pass
+        """
+    )
+    assert suite.run(domain=None).ret == pytest.ExitCode.TESTS_FAILED
+    assert host.look("two") == before
+
+
+@pytest.mark.parametrize("state", ["running", "shut off"])
+def test_a_snapshot_of_the_owner_that_a_test_deleted_is_told_at_the_end(
+    suite: "Suite", host: "Host", state: str
+) -> None:
+    host.define(state=state)
+    host.snapshot("precious")
+    suite.write("def test_one(vm): vm.delete_snapshot('precious')")
+    result = suite.run()
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        [
+            "=* pytest-kvmsnap *=",
+            "the machine could not be left as it was found",
+            "  where: box at test:///default",
+            "*these snapshots are gone: precious*",
+            "  cure:  *--kvmsnap-clean*",
+        ]
+    )
+
+
+def test_a_test_that_deletes_our_snapshot_is_told_by_its_teardown(
+    suite: "Suite", host: "Host"
+) -> None:
+    host.define(state="running")
+    suite.write(
+        "def test_one(vm): vm.delete_snapshot(vm.current_snapshot)\ndef test_two(vm): pass"
+    )
+    result = suite.run()
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines(["cannot revert to the snapshot 'kvmsnap-found-*'"])
+    assert "Traceback" not in result.stdout.str()
+
+
+# the proof by the guest, with a guest that is scripted
+
+
+AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+
+
+class Guest:
+    """What the canary asks of the guest. `reverts` tells whether marks vanish with a revert."""
+
+    def __init__(self, *, reverts: bool = True, takes_marks: bool = True) -> None:
+        self.marked = False
+        self.reverts = reverts
+        self.takes_marks = takes_marks
+        self.looks = 0
+        self.planted = 0
+        self.removed = 0
+
+    def command(self, _agent: object, name: str, arguments: Any = None, **_: Any) -> Any:
+        if name == "guest-exec":
+            self.said = self._run(arguments["arg"])
+            return {"pid": 7}
+        if name == "guest-exec-status":
+            import base64
+
+            data = base64.b64encode(self.said.encode()).decode()
+            return {"exited": True, "exitcode": 0, "out-data": data}
+        return {}
+
+    def _run(self, arguments: list[str]) -> str:
+        script = "".join(arguments)
+        if "echo planted" in script:
+            self.planted += 1
+            return "planted"
+        if "echo marked" in script:
+            self.marked = self.takes_marks
+            return "marked" if self.takes_marks else "Read-only file system"
+        if "echo gone" in script:
+            self.looks += 1
+            return "memory: /run/canary is still there" if self.marked else "gone"
+        self.removed += "rm -f" in script
+        return ""
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Guest":
+        from pytest_kvmsnap.guest.agent import Agent
+
+        revert = Domain.revert
+
+        def reverting(domain: Domain, name: str, timeout: float) -> None:
+            revert(domain, name, timeout)
+            self.marked = self.marked and not self.reverts
+
+        monkeypatch.setattr(Agent, "command", lambda *args, **kwargs: self.command(*args, **kwargs))
+        monkeypatch.setattr(Domain, "revert", reverting)
+        return self
+
+
+def define_with_agent(host: "Host", state: str = "running") -> None:
+    from testdriver import disk
+
+    host.define("box", disk("/images/box.qcow2"), AGENT, state=state)
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "shut off"])
+def test_each_revert_is_proven_by_the_guest(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    guest = Guest().install(monkeypatch)
+    define_with_agent(host, state)
+    before = host.look()
+    suite.write(THREE_TESTS)
+    result = suite.run()
+    result.assert_outcomes(passed=4)
+    assert guest.planted == 1
+    assert guest.looks == 3
+    assert guest.removed == (1 if state == "running" else 0)
+    assert "=== pytest-kvmsnap" not in result.stdout.str()
+    assert host.look() == before
+
+
+def test_a_mark_that_is_still_there_after_a_revert_is_an_error(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Guest(reverts=False).install(monkeypatch)
+    define_with_agent(host)
+    suite.write(THREE_TESTS)
+    result = suite.run()
+    result.assert_outcomes(passed=2, errors=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_one*",
+            "the revert did not bring the machine back",
+            "*a mark made right before it was not gone after it; memory: /run/canary is still*",
+        ]
+    )
+
+
+def test_a_guest_that_takes_no_marks_is_told_at_the_end(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(takes_marks=False).install(monkeypatch)
+    define_with_agent(host)
+    suite.write(THREE_TESTS)
+    result = suite.run()
+    result.assert_outcomes(passed=4)
+    assert result.ret == 0
+    assert guest.looks == 0
+    result.stdout.fnmatch_lines(["box: after 3 tests the guest could not take or look for*"])
+    result.stdout.fnmatch_lines(["*proven by power state and current snapshot alone: *::test_one*"])
+
+
+def test_verify_state_asks_the_guest_for_nothing(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest().install(monkeypatch)
+    define_with_agent(host)
+    suite.write(THREE_TESTS)
+    result = suite.run("--kvmsnap-verify=state")
+    result.assert_outcomes(passed=4)
+    assert (guest.planted, guest.looks, guest.removed) == (0, 0, 0)
+    assert "=== pytest-kvmsnap" not in result.stdout.str()
+
+
+def test_a_guest_that_never_gets_ready_is_told_and_quarantined(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytest_kvmsnap.guest.agent import Agent
+
+    def silent(self: Agent, name: str, *_: Any, **__: Any) -> None:
+        raise AgentError("the guest agent did not do it", why="not connected")
+
+    monkeypatch.setattr(Agent, "command", silent)
+    define_with_agent(host, "shut off")
+    before = host.look()
+    suite.write(THREE_TESTS)
+    result = suite.run("--kvmsnap-ready-timeout=0.1")
+    result.assert_outcomes(passed=1, errors=3)
+    result.stdout.fnmatch_lines(
+        [
+            "the machine did not get ready",
+            "  where: box at test:///default",
+            "  why:   waited 0.1 s for the guest agent to answer (state: running)",
+            "*nothing is known of its console",
+            "  cure:  *--kvmsnap-ready=none*--kvmsnap-ready-timeout",
+            "the machine is in quarantine*",
+        ]
+    )
+    assert host.look() == before

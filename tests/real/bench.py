@@ -1,0 +1,160 @@
+"""What the real tests hold: a machine as seen from outside, and a suite that is run against it."""
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lab import Lab
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "example_suite"
+# an embedded libvirt says on stderr what a daemon writes into its log
+QUIET = os.environ | {"LIBVIRT_LOG_OUTPUTS": "4:file:/dev/null"}
+
+
+class Machine:
+    """One machine of the lab as somebody outside of a run sees and handles it."""
+
+    def __init__(self, lab: Lab, name: str, disk: Path) -> None:
+        self.lab = lab
+        self.name = name
+        self.disk = disk
+
+    def define(self, xml: Path) -> None:
+        """Change the definition."""
+        command = ["virsh", "-q", "-c", self.lab.uri, "define", str(xml)]
+        subprocess.run(command, capture_output=True, env=QUIET, check=True)
+
+    def virsh(self, command: str, *arguments: str) -> str:
+        """Run `virsh COMMAND NAME ARGUMENTS…` in the lab; return what it says."""
+        done = subprocess.run(
+            ["virsh", "-q", "-c", self.lab.uri, command, self.name, *arguments],
+            capture_output=True,
+            text=True,
+            env=QUIET,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    @property
+    def state(self) -> str:
+        return self.virsh("domstate")
+
+    @property
+    def snapshots(self) -> list[str]:
+        return self.virsh("snapshot-list", "--name").split()
+
+    @property
+    def current(self) -> str:
+        listed = self.virsh("snapshot-list", "--name")
+        return self.virsh("snapshot-current", "--name") if listed else ""
+
+    @property
+    def definition(self) -> str:
+        return self.virsh("dumpxml", "--inactive", "--security-info")
+
+    def image_snapshots(self) -> list[str]:
+        """Return the snapshots in the image itself; the machine must be off."""
+        command = ["qemu-img", "snapshot", "-U", "-l", str(self.disk)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [line.split()[1] for line in listed.splitlines()[2:]]
+
+    def start(self, command: str = "true") -> str:
+        """Start it unless it runs, wait for its agent and run a shell command; return its output."""
+        done = subprocess.run(
+            [sys.executable, str(HERE / "outside.py"), self.lab.uri, self.name, command],
+            capture_output=True,
+            text=True,
+            env=QUIET,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def destroy(self) -> None:
+        """Pull the plug. virsh may say that it failed, right after it connected, and do it still."""
+        for _ in range(100):
+            if self.state == "shut off":
+                return
+            with contextlib.suppress(AssertionError):
+                self.virsh("destroy")
+        raise AssertionError(f"{self.name} cannot be destroyed")
+
+
+class Suite:
+    """A test suite of somebody, run against machines of the lab in a process of its own."""
+
+    def __init__(
+        self, pytester: pytest.Pytester, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._pytester = pytester
+        self._lab = lab
+        self.record = pytester.path / "record"
+        self.locks = lab.folder / "locks"
+        monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{EXAMPLE}")
+        monkeypatch.setenv("KVMSNAP_RECORD", str(self.record))
+        monkeypatch.setenv("LIBVIRT_LOG_OUTPUTS", QUIET["LIBVIRT_LOG_OUTPUTS"])
+
+    def write(self, tests: str, conftest: str = "") -> None:
+        self._pytester.makepyfile(test_inner="import pytest, subprocess\n" + tests)
+        if conftest:
+            self._pytester.makeconftest(conftest)
+
+    def arguments(self, *extra: str) -> list[str]:
+        return [
+            "-p",
+            "inside",
+            f"--kvmsnap-uri={self._lab.uri}",
+            f"--kvmsnap-lock-dir={self.locks}",
+            *extra,
+        ]
+
+    def run(self, *extra: str) -> pytest.RunResult:
+        self.record.unlink(missing_ok=True)
+        return self._pytester.runpytest_subprocess(*self.arguments(*extra), timeout=180)
+
+    def run_until(self, sign: Path, *extra: str) -> None:
+        """Run in the background, and kill the run once it made the file `sign`."""
+        command = [sys.executable, "-m", "pytest", *self.arguments(*extra)]
+        with subprocess.Popen(command, cwd=self._pytester.path) as process:
+            while process.poll() is None and not sign.exists():
+                time.sleep(0.02)
+            assert process.poll() is None, "it ended before it could be killed"
+            process.kill()
+
+    def calls(self, machine: Machine, *kinds: str) -> list[str]:
+        """Return what the last run did to a machine, without the run's own id."""
+        found = []
+        for line in self.record.read_text().splitlines():
+            name, kind, argument = line.split(" ")
+            if name == machine.name and (not kinds or kind in kinds):
+                found.append(f"{kind} {re.sub(r'-[0-9a-f]{8}$', '', argument)}".strip())
+        return found
+
+
+class Maker:
+    """Makes machines for one test, with the options of `Lab.add_machine`."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self.made: list[Machine] = []
+
+    def __call__(
+        self, disk_format: str = "qcow2", agent: bool = True, console_log: Path | None = None
+    ) -> Machine:
+        name = f"m{next(self.numbers)}"
+        disk = self._lab.add_machine(
+            name, disk_format=disk_format, agent=agent, console_log=console_log
+        )
+        self.made.append(Machine(self._lab, name, disk))
+        return self.made[-1]

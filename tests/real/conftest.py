@@ -1,0 +1,61 @@
+"""Real machines: an embedded libvirt in a folder of its own."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench import Machine, Maker, Suite
+
+import guest as guests
+from lab import Lab, open_lab, reap_orphans
+
+TOOLS = ("qemu-system-x86_64", "qemu-img", "virsh")
+
+
+@pytest.fixture(scope="session")
+def linux(pytestconfig: pytest.Config) -> guests.Guest:
+    """The example's guest, built once for the user."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        complain = pytest.fail if pytestconfig.getoption("--require-real") else pytest.skip
+        complain(f"no real machines without {', '.join(missing)}: run scripts/setup")
+    return guests.build()
+
+
+@pytest.fixture(scope="session")
+def lab(linux: guests.Guest) -> Iterator[Lab]:
+    """A root for `qemu:///embed`, which nothing may have left a process in at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="kvm-", dir=_short_temporary_folder()))
+    with reap_orphans(), open_lab(folder) as opened:
+        yield opened
+        left = [path.name for path in (folder / "run" / "qemu").glob("*.xml")]
+        assert left == [], "machines were left running"
+
+
+def _short_temporary_folder() -> str:
+    """Return a folder whose sockets' paths stay short enough; pytest's own do not."""
+    return tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    return Suite(pytester, lab, monkeypatch)
+
+
+@pytest.fixture
+def make_machine(lab: Lab) -> Iterator[Maker]:
+    maker = Maker(lab)
+    yield maker
+    for machine in maker.made:
+        with contextlib.suppress(AssertionError):
+            machine.destroy()
+            machine.virsh("undefine", "--snapshots-metadata", "--managed-save")
+
+
+@pytest.fixture
+def machine(make_machine: Maker) -> Machine:
+    """A machine that is off, on a qcow2 image."""
+    return make_machine()
