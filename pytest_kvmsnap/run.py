@@ -108,11 +108,14 @@ def clean_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """End the test with the message of an error of ours, which says it all."""
-    __tracebackhide__ = True
     try:
         yield
     except KvmsnapError as error:
-        pytest.fail(str(error), pytrace=False)
+        message = str(error)
+    else:
+        return
+    # not while the error is handled, or pytest would print both
+    pytest.fail(message, pytrace=False)
 
 
 def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:

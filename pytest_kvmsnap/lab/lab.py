@@ -1,6 +1,7 @@
 """Which test gets which machine: the check before the first test, leases, the end of the run."""
 
 import contextlib
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -109,11 +110,15 @@ class Lab:
         journal = self._journal(domain, lease)
         journal.conversions = conversions
         journal.save()
-        for line in conversion.perform(
-            domain, conversions, lambda c, percent: self._voice.progress(str(c.raw), percent)
-        ):
+        try:
+            lines = conversion.perform(
+                domain, conversions, lambda c, percent: self._voice.progress(str(c.raw), percent)
+            )
+        finally:
+            if not any(os.path.lexists(c.temporary) for c in conversions):
+                journal.remove()
+        for line in lines:
             self._voice.line(line)
-        journal.remove()
 
     # for a test
 

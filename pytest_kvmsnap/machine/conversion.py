@@ -247,7 +247,8 @@ def remove_leftovers(domain: Domain, conversions: list[Conversion]) -> None:
 
     An image under its final name is ours when it is the same file as the temporary one.
     """
-    used = {disk.path for disk in domain.disks(inactive=True)}
+    is_defined = domain.hypervisor.lookup(domain.uuid) is not None
+    used = {disk.path for disk in domain.disks(inactive=True)} if is_defined else set()
     for conversion in conversions:
         if os.path.lexists(conversion.temporary):
             if conversion.qcow2 not in used and _is_same_file(

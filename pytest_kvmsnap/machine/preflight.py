@@ -112,6 +112,8 @@ def _image_problems(domain: Domain, disk: DiskSource) -> list[UsageProblem]:
         return []
     try:
         images.info(path, disk.format or "raw", in_use=domain.is_active())
+        if disk.is_raw and not domain.is_active():
+            images.check_raw_is_free(path)
     except ImageError as error:
         return [_unusable(domain, disk, error)] if "ermission denied" not in error.why else []
     return []

@@ -248,12 +248,21 @@ def test_one_machine_that_fails_at_the_end_does_not_keep_the_next_from_its_end(
     assert host.look("two") == before
 
 
+XFAIL_CURRENT = pytest.mark.xfail(
+    strict=True, reason="its metadata is redefined, as if its data were still in the image"
+)
+
+
+@pytest.mark.parametrize(
+    "snapshots", [["precious", "current"], pytest.param(["precious"], marks=XFAIL_CURRENT)]
+)
 @pytest.mark.parametrize("state", ["running", "shut off"])
 def test_a_snapshot_of_the_owner_that_a_test_deleted_is_told_at_the_end(
-    suite: "Suite", host: "Host", state: str
+    suite: "Suite", host: "Host", state: str, snapshots: list[str]
 ) -> None:
     host.define(state=state)
-    host.snapshot("precious")
+    for name in snapshots:
+        host.snapshot(name)
     suite.write("def test_one(vm): vm.delete_snapshot('precious')")
     result = suite.run()
     assert result.ret == pytest.ExitCode.TESTS_FAILED

@@ -98,7 +98,7 @@ class Suite:
         self._pytester = pytester
         self._lab = lab
         self.record = pytester.path / "record"
-        self.locks = lab.folder / "locks"
+        self.locks = pytester.path / "locks"
         monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{EXAMPLE}")
         monkeypatch.setenv("KVMSNAP_RECORD", str(self.record))
         monkeypatch.setenv("LIBVIRT_LOG_OUTPUTS", QUIET["LIBVIRT_LOG_OUTPUTS"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_raw_image_is_converted_before_the_first_test(make_machine: Maker, suite
     assert 'type="qcow2"' in machine.definition.replace("'", '"')
     again = suite.run(f"--kvmsnap-domain={machine.name}")
     again.assert_outcomes(passed=1)
-    again.stdout.no_fnmatch_line("*converted*")
+    again.stdout.no_fnmatch_line("kvmsnap: converted*")
 
 
 def test_run_killed_while_it_converts_leaves_the_machine_usable(
@@ -55,7 +56,7 @@ def test_run_killed_while_it_converts_leaves_the_machine_usable(
     real = subprocess.run(["which", "qemu-img"], capture_output=True, text=True, check=True).stdout
     slow = pytester.mkdir("bin") / "qemu-img"  # the real one, but it takes its time to convert
     slow.write_text(
-        f'#!/bin/sh\nif [ "$1" = convert ]; then touch "{sign}"; sleep 2; fi\nexec {real.strip()} "$@"\n'
+        f'#!/bin/sh\nif [ "$1" = convert ]; then shift; set -- convert -r 1M "$@"; (sleep 1; touch "{sign}") & fi\nexec {real.strip()} "$@"\n'
     )
     slow.chmod(0o755)
     path = os.environ["PATH"]
@@ -111,10 +112,14 @@ def move(machine: Machine, folder: Path) -> None:
     machine.disk = moved
 
 
+def fill(folder: Path, leaving: int) -> None:
+    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - leaving))
+
+
 def test_full_disk_while_converting(make_machine: Maker, suite: Suite, small_disk: Path) -> None:
     machine = make_machine(disk_format="raw")
     move(machine, small_disk)
-    (small_disk / "filler").write_bytes(bytes(30 * 2**20))
+    fill(small_disk, leaving=4 * 2**20)
     suite.write(ONE_TEST)
     result = suite.run(f"--kvmsnap-domain={machine.name}")
     assert_told_before_the_first_test(
@@ -130,7 +135,7 @@ def test_disk_that_fills_up_while_converting(
     """The look at the free space beforehand is made blind, as if others filled the disk since."""
     machine = make_machine(disk_format="raw")
     move(machine, small_disk)
-    (small_disk / "filler").write_bytes(bytes(30 * 2**20))
+    fill(small_disk, leaving=4 * 2**20)
     suite.write(
         ONE_TEST,
         conftest="from pytest_kvmsnap.machine import images\nimages.space_needed = lambda raw: 0\n",
@@ -152,8 +157,7 @@ from pytest_kvmsnap.machine import space
 space.check_space = lambda domain: None
 """
     suite.write(ONE_TEST + "def test_too(vm): pass\n", conftest="" if is_seen_coming else blind)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(25 * 2**20))
+    fill(small_disk, leaving=12 * 2**20)
     result = suite.run(f"--kvmsnap-domain={machine.name}")
     result.assert_outcomes(errors=2)
     said = result.stdout.str()
