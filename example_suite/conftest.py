@@ -1,18 +1,17 @@
 """Where the example's machines come from, unless you name one of yours.
 
 `pytest example_suite` builds two machines in a folder of its own and removes them at the end.
-`pytest example_suite --kvmsnap-uri qemu:///system --kvmsnap-domain centos` runs the same tests on your
-machine; add `--example-snapshot NAME` for those that start from a snapshot.
+With `--kvmsnap-uri qemu:///system --kvmsnap-domain centos` the same tests run on your machine; add
+`--example-snapshot NAME` for those that start from a snapshot.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import guest
 import pytest
-from lab import Lab, LabError, open_lab, reap_orphans
 
+import guest
+from lab import Lab, LabError, open_lab, reap_orphans
 from pytest_kvmsnap import VM
 
 MACHINE = "kvmsnap-example"
@@ -48,19 +47,19 @@ def pytest_kvmsnap_lab(config: pytest.Config) -> dict[str, object] | None:
 
 
 def _build_lab(config: pytest.Config) -> dict[str, object]:
-    lab = open_lab()
-    config.stash[_LAB] = lab
-    # libvirt's own log: in an embedded libvirt it would go to this process's stderr
-    os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{lab.folder}/libvirt.log")
-    if not (
-        lab.images / "complete"
-    ).exists():  # else an earlier run was killed: the plugin mends it
+    config.stash[_LAB] = lab = open_lab()
+    # in containers whose first process does not collect ended QEMUs, each revert would take longer
+    reaper = reap_orphans()
+    reaper.__enter__()
+    config.add_cleanup(lambda: reaper.__exit__(None, None, None))
+    complete = lab.images / "complete"
+    if not complete.exists():  # else an earlier run was killed, and the plugin puts it right
         linux = guest.build(print)
         log = lab.images / "console.log"
         lab.add_machine(MACHINE, guest=linux, disk_format="raw", console_log=log)
         lab.add_machine(INSTALLED, guest=linux, disk_format="qcow2")
         lab.add_snapshot(INSTALLED, "installed")
-        (lab.images / "complete").touch()
+        complete.touch()
     return {"uri": lab.uri, "domain": MACHINE, "lock-dir": lab.folder / "locks"}
 
 
@@ -88,13 +87,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     lab = config.stash.get(_LAB, None)
     if lab is not None and not any((lab.folder / "run" / "qemu").glob("*.xml")):
         lab.remove()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def orphans() -> Iterator[None]:
-    """Collect ended QEMUs in containers whose first process does not."""
-    with reap_orphans():
-        yield
 
 
 @pytest.fixture

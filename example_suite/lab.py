@@ -26,6 +26,10 @@ from types import TracebackType
 
 import guest as guests
 
+# What a daemon would write into its log, an embedded libvirt says on our stderr, "tainted" at each
+# start. It reads this when it is imported, which a conftest does after us. Set it to see the log.
+os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
+
 MARKER = ".kvmsnap-lab"
 LONGEST_ROOT = 27
 """In bytes. A socket's path has 107 at most, and libvirt adds up to 80 for the agent's:
@@ -72,16 +76,6 @@ class Lab:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
-
-    def log_to_file(self) -> Path:
-        """Have libvirt write its warnings to a file instead of stderr; return the file.
-
-        It works through the environment, so before `libvirt` is imported, or not at all. What the
-        user has set there already is kept.
-        """
-        log = self.folder / "libvirt.log"
-        os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{log}")
-        return log
 
     def add_machine(
         self,

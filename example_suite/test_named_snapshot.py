@@ -1,7 +1,7 @@
 """Tests that start from a snapshot that was there before, and never change it.
 
-In your suite this is `@pytest.mark.kvm_snapshot("installed")`; here a marker of the conftest adds that,
-so that the same tests run on your machine with a snapshot of another name.
+In your suite this is `@pytest.mark.kvm_snapshot("installed")`. Here a marker of the conftest stands
+for that, so that the same tests run on your machine with a snapshot of another name.
 """
 
 import pytest

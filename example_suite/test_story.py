@@ -27,7 +27,7 @@ def test_processes_are_those_of_the_snapshot(vm: VM, turn: str) -> None:
     """Memory comes back too: what ran at the snapshot runs on, what a test started is gone."""
     agent = vm.run("cut -d ' ' -f 1,22 /proc/$PPID/stat").stdout  # its pid, and when it started
     AGENTS.add(agent)
-    assert AGENTS == {agent}, "the machine was booted anew instead of reverted"
+    assert len(AGENTS) == 1, "the machine was booted anew instead of reverted"
 
     assert count_of(vm, "sleep 98765") == 0, "a process of another test is still there"
     vm.run("sleep 98765 > /dev/null 2>&1 &", check=True)
@@ -59,8 +59,8 @@ def test_finds_the_machine_running(vm: VM) -> None:
 
 
 def test_puts_and_fetches_a_file(vm: VM, big_file: Path, tmp_path: Path) -> None:
-    vm.put(big_file, "/var/tmp/big")
-    vm.get("/var/tmp/big", tmp_path / "back")
+    vm.put(big_file, "/root/big")
+    vm.get("/root/big", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == big_file.read_bytes()
 
 

@@ -7,7 +7,7 @@ import pytest
 from _pytest.main import wrap_session
 from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
 
-from pytest_kvmsnap import hooks, markers, run
+from pytest_kvmsnap import hooks, markers, run, xdist
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
@@ -55,6 +55,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
     if not config.getoption("kvmsnap_clean"):
         return None
+    if hasattr(config.option, "dist"):
+        config.option.dist = "no"  # pytest-xdist would start its workers, which have nothing to do
     return wrap_session(config, _clean)
 
 
@@ -65,13 +67,34 @@ def _clean(config: pytest.Config, session: pytest.Session) -> int:  # noqa: ARG0
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    if not _will_run_nothing(session):
+    if not xdist.is_worker(session.config):
         with _usage_errors():
-            run.check_machines(
-                session.config,
-                [item for item in session.items if uses_our_machine(item) and _will_run(item)],
-            )
+            _check_machines(session)
     return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, check before it reports its tests: later is too late."""
+    if xdist.is_worker(session.config):
+        try:
+            _check_machines(session)
+        except KvmsnapError as error:
+            xdist.hand_over(session, str(error))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """In the controller of pytest-xdist, take what a worker handed over."""
+    xdist.take_over(node)
+
+
+def _check_machines(session: pytest.Session) -> None:
+    if not _will_run_nothing(session):
+        run.check_machines(
+            session.config,
+            [item for item in session.items if uses_our_machine(item) and _will_run(item)],
+        )
 
 
 @contextlib.contextmanager
@@ -108,9 +131,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         pytest.ExitCode.NO_TESTS_COLLECTED,
     ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if xdist.handed_over(session.config):
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for text in run.closing_words(terminalreporter.config):
-        terminalreporter.section("pytest-kvmsnap", sep="=")
+    config = terminalreporter.config
+    for problem in xdist.handed_over(config):
+        terminalreporter.write_line(f"ERROR: {problem}", red=True)
+    words = run.closing_words(config)
+    if words:
+        terminalreporter.section("pytest-kvmsnap")
+    for text in words:
         terminalreporter.write_line(text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kvmsnap import markers, settings
+from pytest_kvmsnap import markers, settings, xdist
 from pytest_kvmsnap.errors import ConfigError, KvmsnapError, UsageProblem, merged
 from pytest_kvmsnap.settings import OPTIONS, Settings
 
@@ -125,6 +125,7 @@ def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
         UsageProblem: something stands in the way.
     """
     if items:
+        xdist.refuse_several_workers(config)
         requests = _requests_of(items, settings_of(config))
         lab_of(config).check(requests)
 

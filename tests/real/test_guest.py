@@ -1,0 +1,125 @@
+"""Talking to a real guest: commands and files."""
+
+from bench import Machine, Suite
+
+
+def test_commands(machine: Machine, suite: Suite) -> None:
+    suite.write(
+        r"""
+def test_a_string_is_for_the_shell_and_a_list_is_executed(vm):
+    assert vm.run("echo $((6 * 7)) | tr 4 x").stdout == "x2\n"
+    assert vm.run(["echo", "$((6 * 7))", "a b"]).stdout == "$((6 * 7)) a b\n"
+
+def test_status_and_outputs(vm):
+    done = vm.run("echo out; echo err >&2; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        vm.run("echo why >&2; false", check=True)
+    assert (caught.value.returncode, caught.value.stderr) == (1, "why\n")
+    assert vm.run("kill -9 $$").returncode == -9
+
+def test_input_environment_and_folder(vm):
+    assert vm.run("cat; pwd; echo $COLOUR", input="in\n", env={"COLOUR": "a 'b' $c"},
+                  cwd="/opt").stdout == "in\n/opt\na 'b' $c\n"
+    assert vm.run("pwd", cwd="/no where").returncode != 0
+
+def test_bytes(vm):
+    data = bytes(range(256))
+    assert vm.run(["cat"], input=data, text=False).stdout == data
+    assert vm.run(["cat"], input=b"\xff").stdout == "\ufffd"
+
+def test_input_too_long_for_one_message(vm):
+    data = bytes(range(256)) * 2000
+    assert vm.run(["cat"], input=data, text=False).stdout == data
+    assert vm.run("ls -A /tmp").stdout == ""
+
+def test_what_takes_too_long_is_killed_with_its_children(vm):
+    with pytest.raises(subprocess.TimeoutExpired):
+        vm.run("(sleep 4321; true) & sleep 1234; true", timeout=0.5)
+    running = vm.run("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '").stdout
+    assert "sleep 4321" not in running and "sleep 1234" not in running
+
+def test_command_that_is_not_there(vm):
+    with pytest.raises(Exception, match="No such file or directory") as caught:
+        vm.run(["no-such-command"])
+    assert type(caught.value).__name__ == "AgentError"
+    assert vm.name in str(caught.value)
+"""
+    )
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=7)
+
+
+def test_files(machine: Machine, suite: Suite) -> None:
+    suite.write(
+        r"""
+import os
+
+def test_text_and_bytes(vm):
+    vm.write_text("/root/a b ä", "Grüße\n")
+    assert vm.read_text("/root/a b ä") == "Grüße\n"
+    vm.write_bytes("/root/a b ä", b"")
+    assert vm.read_bytes("/root/a b ä") == b""
+
+def test_large_file_with_its_mode(vm, tmp_path):
+    here, back = tmp_path / "here", tmp_path / "back"
+    here.write_bytes(os.urandom(3 * 1024 * 1024 + 17))
+    here.chmod(0o751)
+    vm.put(here, "/root/there")
+    assert vm.run("stat -c %a /root/there").stdout == "751\n"
+    vm.get("/root/there", back)
+    assert back.read_bytes() == here.read_bytes()
+
+def test_missing_file(vm, tmp_path):
+    with pytest.raises(Exception, match="cannot open /no/file in the guest") as caught:
+        vm.get("/no/file", tmp_path / "none")
+    assert "No such file or directory" in str(caught.value)
+    assert not (tmp_path / "none").exists()
+"""
+    )
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=3)
+
+
+def test_power_and_disks(machine: Machine, suite: Suite) -> None:
+    suite.write(
+        f"""
+def test_what_it_is(vm):
+    assert (vm.name, vm.state, len(vm.uuid)) == ("{machine.name}", "running", 36)
+    assert vm.domain.name() == vm.name
+    [disk] = vm.disks()
+    assert (disk.target, str(disk.path), disk.format) == ("vda", "{machine.disk}", "qcow2")
+    assert disk.virtual_size == 256 * 2**20 and 0 < disk.disk_size
+    assert {{s.name for s in vm.snapshots()}} == set(disk.snapshots)
+
+def test_off_and_on(vm):
+    vm.shutdown()
+    assert vm.state == "shut off"
+    vm.start()
+    vm.wait_ready()
+    vm.reboot()
+    vm.wait_ready()
+    assert vm.run("true").returncode == 0
+
+def test_snapshots(vm):
+    start = vm.current_snapshot
+    vm.write_text("/root/state", "one")
+    one = vm.snapshot("one")
+    assert (vm.current_snapshot, one.parent, one.state) == (one, start.name, "running")
+    vm.write_text("/root/state", "two")
+    two = vm.snapshot()
+    vm.revert("one")
+    assert vm.read_text("/root/state") == "one"
+    vm.revert(two)
+    assert vm.read_text("/root/state") == "two"
+    vm.delete_snapshot(two)
+    assert two.name not in [s.name for s in vm.snapshots()]
+
+@pytest.mark.parametrize("name", ["a/b", ".a"])
+def test_name_that_qemu_refuses(vm, name):
+    with pytest.raises(Exception, match="wrong name for a snapshot"):
+        vm.snapshot(name)
+
+def test_nothing_of_it_is_left(vm):
+    assert len(vm.snapshots()) == 2
+"""
+    )
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=6)

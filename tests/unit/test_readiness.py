@@ -1,0 +1,232 @@
+"""Waiting for a machine, with the last words of its console, and setting its clock."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import libvirt
+import pytest
+from testdriver import disk
+
+from pytest_kvmsnap.errors import NotReadyError
+from pytest_kvmsnap.guest import ready
+from pytest_kvmsnap.guest.console import ConsoleTail, console_tail
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import connect
+
+if TYPE_CHECKING:
+    from tests.localguest import LocalGuest
+    from tests.testdriver import Host
+
+AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+
+
+class Box:
+    """A running domain, to be defined with a console of one's choice."""
+
+    def __init__(self, host: "Host") -> None:
+        self._host = host
+        self._hypervisor = connect("test:///default")
+
+    def define(self, *devices: str, state: str = "running") -> Domain:
+        raw = self._host.define("box", disk("/x.qcow2"), *devices, state=state)
+        return Domain(self._hypervisor, raw.UUIDString(), "box")
+
+    def close(self) -> None:
+        self._hypervisor.close()
+
+
+@pytest.fixture
+def box(host: "Host") -> Iterator[Box]:
+    box = Box(host)
+    yield box
+    box.close()
+
+
+@pytest.mark.parametrize(
+    "devices, wanted, means",
+    [
+        ([AGENT], None, "agent"),
+        ([], None, "none"),
+        ([AGENT], "none", "none"),
+        ([], "agent", "agent"),
+    ],
+)
+def test_the_agent_is_waited_for_where_there_is_a_channel(
+    box: Box, devices: list[str], wanted: Any, means: str
+) -> None:
+    assert ready.means_of(box.define(*devices), wanted) == means
+
+
+def test_a_machine_that_answers_is_ready(box: Box, local_guest: "LocalGuest") -> None:
+    ready.wait_ready(box.define(), "agent", 60)
+    assert local_guest.log == ["guest-ping"]
+
+
+def test_without_means_nothing_is_asked(box: Box, local_guest: "LocalGuest") -> None:
+    local_guest.refusals = {"guest-ping": "not connected"}
+    ready.wait_ready(box.define(), "none", 60)
+    assert local_guest.log == []
+
+
+def test_a_machine_that_answers_late_is_ready(
+    box: Box, local_guest: "LocalGuest", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, False, False, True])
+    monkeypatch.setattr(ready.Agent, "answers", lambda self: next(answers))
+    ready.wait_ready(box.define(), "agent", 60)
+    assert next(answers, None) is None
+
+
+def test_a_machine_that_never_answers_is_told_with_its_last_words(
+    box: Box, local_guest: "LocalGuest", tmp_path: Path
+) -> None:
+    log = tmp_path / "console.log"
+    log.write_text("".join(f"line {number}\r\n" for number in range(20)) + "Kernel panic\x07\n\n")
+    local_guest.refusals = {"guest-ping": "not connected"}
+    domain = box.define(f"<serial type='pty'><log file='{log}'/></serial>")
+    with pytest.raises(NotReadyError, match="the machine did not get ready") as caught:
+        ready.wait_ready(domain, "agent", 0.05)
+    error = caught.value
+    assert error.where == "box at test:///default"
+    assert error.why.startswith("waited 0.05 s for the guest agent to answer (state: running)\n")
+    assert "its console said last:\n| line 6\n| line 7\n" in error.why
+    assert error.why.endswith("| line 19\n| Kernel panic")
+    assert "--kvmsnap-ready=none" in error.cure
+    assert "--kvmsnap-ready-timeout" in error.cure
+
+
+def test_a_machine_without_a_console_is_told_as_such(
+    box: Box, local_guest: "LocalGuest"
+) -> None:
+    local_guest.refusals = {"guest-ping": "not connected"}
+    with pytest.raises(NotReadyError) as caught:
+        ready.wait_ready(box.define(), "agent", 0.05)
+    assert caught.value.why.endswith("nothing is known of its console")
+
+
+def test_a_machine_that_goes_off_is_not_waited_for(
+    box: Box, local_guest: "LocalGuest"
+) -> None:
+    local_guest.refusals = {"guest-ping": "not connected"}
+    with pytest.raises(NotReadyError) as caught:
+        ready.wait_ready(box.define(state="shut off"), "agent", 600)
+    assert caught.value.why.startswith("the machine went off while it was booting (state: shut")
+
+
+# the console
+
+
+class Stream:
+    """A stream of libvirt's that has these chunks to give: bytes, -2 for "not yet", or an error."""
+
+    def __init__(self, *chunks: object) -> None:
+        self.chunks = list(chunks)
+        self.is_aborted = False
+
+    def recv(self, _: int) -> object:
+        chunk = self.chunks.pop(0) if self.chunks else -2
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def tail(*chunks: object) -> ConsoleTail:
+    return ConsoleTail(None, Stream(*chunks))  # type: ignore[arg-type]
+
+
+def test_what_is_heard_is_kept() -> None:
+    console = tail(b"one\ntw", b"o\n", -2, b"three\n")
+    console.listen()
+    assert console.lines() == "one\ntwo"
+    console.listen()
+    assert console.lines() == "one\ntwo\nthree"
+
+
+@pytest.mark.parametrize("end", [b"", libvirt.libvirtError("it went off")])
+def test_a_console_that_ends_is_listened_to_no_more(end: object) -> None:
+    console = tail(b"one\n", end)
+    console.listen()
+    console.listen()
+    assert console.lines() == "one"
+
+
+def test_only_the_end_is_kept() -> None:
+    console = tail(*[b"x" * 4000 + b"\n"] * 10, b"last\n")
+    console.listen()
+    lines = console.lines().splitlines()
+    assert lines[-1] == "last"
+    assert sum(map(len, lines)) <= 8192
+
+
+def test_control_characters_and_broken_text_do_no_harm() -> None:
+    console = tail(b"\x1b[31mred\x1b[0m\r\n\n\xff\xc3\xbc\x00\n")
+    console.listen()
+    assert console.lines() == "[31mred[0m\n\ufffdü"
+
+
+def test_the_count_of_lines_is_limited() -> None:
+    console = tail(b"1\n2\n3\n4\n")
+    console.listen()
+    assert console.lines(2) == "3\n4"
+
+
+def test_a_log_that_is_gone_says_nothing(tmp_path: Path) -> None:
+    assert ConsoleTail(tmp_path / "nowhere", None).lines() == ""
+
+
+def test_a_console_that_somebody_else_has_open_is_left_alone(box: Box) -> None:
+    """The test driver opens no console at all: the same error for us."""
+    domain = box.define("<console type='pty'/>")
+    with console_tail(domain) as console:
+        console.listen()
+        assert console.lines() == ""
+
+
+def test_an_open_console_is_closed_at_the_end(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mock, since the test driver has no console."""
+    stream = Stream(b"login: ")
+    monkeypatch.setattr(libvirt.virConnect, "newStream", lambda *_: stream)
+    monkeypatch.setattr(libvirt.virDomain, "openConsole", lambda *_: 0)
+    with console_tail(box.define("<console type='pty'/>")) as console:
+        console.listen()
+        assert console.lines() == "login: "
+    assert stream.is_aborted
+
+
+# the clock
+
+
+def test_the_clock_is_set_by_libvirt(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(libvirt.virDomain, "setTime", lambda self, time: given.append(time))
+    monkeypatch.setattr(ready.time, "time", lambda: 1700000000.25)
+    ready.set_clock(box.define())
+    assert given == [{"seconds": 1700000000, "nseconds": 250000000}]
+
+
+@pytest.mark.parametrize("refusals", [{}, {"guest-exec": "disabled"}])
+def test_else_by_date_and_else_not_at_all(
+    box: Box,
+    local_guest: "LocalGuest",
+    monkeypatch: pytest.MonkeyPatch,
+    refusals: dict[str, str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise libvirt.libvirtError("no hwclock")
+
+    monkeypatch.setattr(libvirt.virDomain, "setTime", refuse)
+    monkeypatch.setattr(ready.time, "time", lambda: 1700000000.25)
+    local_guest.replies = {
+        "guest-exec": {"pid": 1},
+        "guest-exec-status": {"exited": True, "exitcode": 0},
+    }
+    local_guest.refusals = refusals
+    ready.set_clock(box.define())
+    asked = local_guest.requests[0]["arguments"]
+    assert (asked["path"], asked["arg"]) == ("date", ["-s", "@1700000000"])
