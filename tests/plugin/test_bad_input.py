@@ -59,7 +59,7 @@ def images(suite: "Suite") -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "names, cure",
+    ("names", "cure"),
     [
         (["centos7", "centos8"], "did you mean 'centos8' or 'centos7'?"),
         (["alpha", "beta"], "domains there: alpha, beta"),
@@ -85,7 +85,7 @@ def test_no_domain_named(refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize(
-    "present, cure",
+    ("present", "cure"),
     [
         (["base", "extra"], "snapshots there: base, extra"),
         ([], "virsh snapshot-create-as box missing"),
@@ -229,7 +229,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("asked", ["vm", "tmp_path"], ids=["used", "unused"])
-@pytest.mark.parametrize("option, value, why", BAD_VALUES)
+@pytest.mark.parametrize(("option", "value", "why"), BAD_VALUES)
 def test_wrong_option_on_the_command_line(
     suite: "Suite", option: str, value: str, why: str, asked: str
 ) -> None:
@@ -238,7 +238,7 @@ def test_wrong_option_on_the_command_line(
     assert_refused(result, f"wrong value for --kvmsnap-{option}", why, f"{value!r}: ")
 
 
-@pytest.mark.parametrize("option, value, why", [row for row in BAD_VALUES if row[1].strip()])
+@pytest.mark.parametrize(("option", "value", "why"), [row for row in BAD_VALUES if row[1].strip()])
 def test_wrong_option_in_ini(suite: "Suite", option: str, value: str, why: str) -> None:
     key = option.replace("-", "_")
     suite.write("def test_machine(vm): pass")
@@ -247,7 +247,7 @@ def test_wrong_option_in_ini(suite: "Suite", option: str, value: str, why: str) 
     assert_refused(result, f"wrong value for kvmsnap_{key} in ini", why, f"{value!r}: ")
 
 
-@pytest.mark.parametrize("option, value, why", BAD_VALUES)
+@pytest.mark.parametrize(("option", "value", "why"), BAD_VALUES)
 def test_wrong_option_from_the_hook(suite: "Suite", option: str, value: str, why: str) -> None:
     suite.write(
         "def test_machine(vm): pass",
@@ -259,7 +259,7 @@ def test_wrong_option_from_the_hook(suite: "Suite", option: str, value: str, why
 
 
 @pytest.mark.parametrize(
-    "returned, texts",
+    ("returned", "texts"),
     [
         ("['domain']", ("it returned list, not a mapping",)),
         ("{'domian': 'box'}", ("'domian' is no option", "did you mean 'domain'?")),
@@ -390,9 +390,7 @@ def test_raw_disk_of_a_machine_that_is_on(
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_existing_target(
-    refuse: Refuse, host: "Host", suite: "Suite", raw: str, kind: str
-) -> None:
+def test_existing_target(refuse: Refuse, host: "Host", suite: "Suite", raw: str, kind: str) -> None:
     target = suite.pytester.path / "images" / "box.qcow2"
     if kind == "file":
         target.write_text("precious")
@@ -455,7 +453,7 @@ def test_raw_disks_of_two_machines_are_told_together(
 
 
 @pytest.mark.parametrize(
-    "domain, text", [("nowhere", "there is no domain 'nowhere'"), ("box", "no writable disk")]
+    ("domain", "text"), [("nowhere", "there is no domain 'nowhere'"), ("box", "no writable disk")]
 )
 def test_what_could_not_be_known_before_is_told_in_the_set_up(
     suite: "Suite", host: "Host", domain: str, text: str

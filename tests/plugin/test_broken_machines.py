@@ -281,9 +281,7 @@ def test_a_test_that_deletes_our_snapshot_is_told_by_its_teardown(
     suite: "Suite", host: "Host"
 ) -> None:
     host.define(state="running")
-    suite.write(
-        "def test_one(vm): vm.delete_snapshot(vm.current_snapshot)\ndef test_two(vm): pass"
-    )
+    suite.write("def test_one(vm): vm.delete_snapshot(vm.current_snapshot)\ndef test_two(vm): pass")
     result = suite.run()
     result.assert_outcomes(passed=1, errors=2)
     result.stdout.fnmatch_lines(["cannot revert to the snapshot 'kvmsnap-found-*'"])

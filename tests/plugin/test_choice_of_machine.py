@@ -177,7 +177,7 @@ MIXED = """
 """
 
 
-@pytest.mark.parametrize("expression, passed", [("kvm", 3), ("not kvm", 1)])
+@pytest.mark.parametrize(("expression", "passed"), [("kvm", 3), ("not kvm", 1)])
 def test_tests_with_a_machine_carry_the_marker_kvm(
     suite: "Suite", host: "Host", expression: str, passed: int
 ) -> None:
@@ -368,7 +368,7 @@ def test_the_command_line_beats_the_hook_and_the_hook_beats_ini(
     suite.run("-s", domain="of_line").stdout.fnmatch_lines(["*on of_line*"])
 
 
-@pytest.mark.parametrize("asked, calls", [("vm", 1), ("tmp_path", 0)])
+@pytest.mark.parametrize(("asked", "calls"), [("vm", 1), ("tmp_path", 0)])
 def test_the_hook_is_called_once_and_only_when_a_machine_will_be_used(
     suite: "Suite", host: "Host", asked: str, calls: int
 ) -> None:

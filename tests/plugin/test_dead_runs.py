@@ -178,9 +178,7 @@ def test_a_run_that_was_killed_after_it_had_switched_the_definition(
     assert not half.exists()
 
 
-def test_a_live_run_is_left_alone(
-    suite: "Suite", host: "Host", hypervisor: Hypervisor
-) -> None:
+def test_a_live_run_is_left_alone(suite: "Suite", host: "Host", hypervisor: Hypervisor) -> None:
     host.define(state="running")
     run = DeadRun(suite, hypervisor)
     run.take()
@@ -269,9 +267,7 @@ def test_a_journal_of_an_embedded_libvirt_that_is_gone_is_forgotten(suite: "Suit
 def test_a_damaged_journal_is_told_and_kept(suite: "Suite") -> None:
     suite.locks.mkdir()
     (suite.locks / "damaged.json").write_text("{")
-    come_after(
-        suite, "clean", "cannot read what an earlier run left", "remove the file", status=1
-    )
+    come_after(suite, "clean", "cannot read what an earlier run left", "remove the file", status=1)
     assert "damaged.json" in suite.left_over()
 
 
@@ -307,9 +303,7 @@ def test_a_damaged_journal_of_the_machine_stops_the_next_run(
 
 def test_clean_with_an_unreachable_uri(suite: "Suite") -> None:
     suite.write(ONE_TEST)
-    result = suite.run(
-        "--kvmsnap-clean", "--kvmsnap-uri=qemu+unix:///system?socket=/nonexistent"
-    )
+    result = suite.run("--kvmsnap-clean", "--kvmsnap-uri=qemu+unix:///system?socket=/nonexistent")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "cannot connect to qemu+unix:///system" in result.stderr.str()
     assert "Traceback" not in result.stdout.str() + result.stderr.str()
@@ -350,4 +344,3 @@ def test_a_kill_in_a_test_leaves_a_journal_that_the_next_run_works_off(suite: "S
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["kvmsnap: put box back as found (running): *::test_kill)"])
     assert suite.left_over() == []
-

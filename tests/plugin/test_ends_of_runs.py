@@ -45,7 +45,11 @@ def test_one(broken): pass
     ),
     "Ctrl-C": (f"def test_one(vm): {MESS}; raise KeyboardInterrupt", [], {}),
     "pytest.exit": (f"import pytest\ndef test_one(vm): {MESS}; pytest.exit('enough')", [], {}),
-    "SystemExit": (f"def test_one(vm): {MESS}; raise SystemExit(3)", [], {"failed": 1, "passed": 1}),
+    "SystemExit": (
+        f"def test_one(vm): {MESS}; raise SystemExit(3)",
+        [],
+        {"failed": 1, "passed": 1},
+    ),
 }
 
 
@@ -135,9 +139,7 @@ def test_the_set_up_of_the_machine_is_not_shown_as_a_part_of_a_failing_test(
     assert "pytest_kvmsnap/" not in out
 
 
-def test_setup_show_and_setup_only_leave_the_machine_as_found(
-    suite: "Suite", host: "Host"
-) -> None:
+def test_setup_show_and_setup_only_leave_the_machine_as_found(suite: "Suite", host: "Host") -> None:
     host.define()
     before = host.look()
     suite.write("def test_one(vm): pass")

@@ -69,7 +69,7 @@ def test_a_running_machine_costs_one_creation_and_one_revert_per_test(
     assert calls.log == ["take found", *["revert found"] * 3, "delete found"]
 
 
-@pytest.mark.parametrize("state, up", [("shut off", "start"), ("paused", "resume")])
+@pytest.mark.parametrize(("state", "up"), [("shut off", "start"), ("paused", "resume")])
 def test_another_machine_costs_a_fixed_number_of_calls_more(
     suite: "Suite", host: "Host", calls: "Calls", state: str, up: str
 ) -> None:
@@ -291,9 +291,7 @@ UNDONE = {
     "undefine": "vm.domain.undefine()",
     "undefine and destroy": "raw = vm.domain; raw.undefine(); raw.destroy()",
     "destroy and undefine": "raw = vm.domain; raw.destroy(); raw.undefineFlags(3)",
-    "redefine": (
-        "vm.domain.connect().defineXML(vm.domain.XMLDesc(2).replace('8192', '4096'))"
-    ),
+    "redefine": ("vm.domain.connect().defineXML(vm.domain.XMLDesc(2).replace('8192', '4096'))"),
     "rename": "raw = vm.domain; raw.destroy(); raw.rename('other', 0)",
 }
 

@@ -51,9 +51,7 @@ def image(suite: "Suite") -> Image:
     return Image(suite.pytester.path / "disk images")
 
 
-def test_it_is_converted_before_the_first_test(
-    suite: "Suite", host: "Host", image: Image
-) -> None:
+def test_it_is_converted_before_the_first_test(suite: "Suite", host: "Host", image: Image) -> None:
     host.define("box", disk(image.raw, "raw"))
     before = host.look()
     suite.write(
@@ -103,9 +101,7 @@ def test_mode_and_owner_of_the_raw_file_are_kept(
     assert (made.st_mode, made.st_uid, made.st_gid) == (raw.st_mode, raw.st_uid, raw.st_gid)
 
 
-def test_all_writable_raw_disks_and_no_others(
-    suite: "Suite", host: "Host", image: Image
-) -> None:
+def test_all_writable_raw_disks_and_no_others(suite: "Suite", host: "Host", image: Image) -> None:
     data = Image(image.folder, "data & <more> ü")
     seed, iso = Image(image.folder, "seed"), Image(image.folder, "cd")
     quoted = str(data.raw).replace("&", "&amp;").replace("<", "&lt;")
@@ -162,9 +158,7 @@ def test_a_run_that_only_shows_something_converts_nothing(
     image.assert_as_found()
 
 
-def test_a_collection_error_converts_nothing(
-    suite: "Suite", host: "Host", image: Image
-) -> None:
+def test_a_collection_error_converts_nothing(suite: "Suite", host: "Host", image: Image) -> None:
     host.define("box", disk(image.raw, "raw"))
     suite.pytester.makepyfile(test_one=ONE_TEST, test_two="import nowhere_to_be_found")
     suite.run().assert_outcomes(errors=1)
@@ -290,9 +284,7 @@ def test_an_image_that_is_written_to_while_converting(
     """A fake qemu-img, for a comparison that fails at the right moment."""
     fake_qemu_img(suite, monkeypatch, qemu_img, FAKE["differs"])
     host.define("box", disk(image.raw, "raw"))
-    run_and_fail(
-        suite, pytest.ExitCode.USAGE_ERROR, "the copy differs: something wrote meanwhile"
-    )
+    run_and_fail(suite, pytest.ExitCode.USAGE_ERROR, "the copy differs: something wrote meanwhile")
     image.assert_as_found()
 
 

@@ -25,7 +25,7 @@ def python(script: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command, finished",
+    ("command", "finished"),
     [
         (["true"], Finished(0, b"", b"")),
         (["sh", "-c", "echo out; echo err >&2; exit 7"], Finished(7, b"out\n", b"err\n")),
@@ -92,9 +92,7 @@ def test_a_timeout_is_told_even_if_the_command_cannot_be_killed(
 
 
 @pytest.mark.parametrize("key", ["out-truncated", "err-truncated"])
-def test_truncated_output_is_an_error(
-    agent: Agent, local_guest: "LocalGuest", key: str
-) -> None:
+def test_truncated_output_is_an_error(agent: Agent, local_guest: "LocalGuest", key: str) -> None:
     local_guest.replies = {
         "guest-exec": {"pid": 7},
         "guest-exec-status": {"exited": True, "exitcode": 0, "out-data": "eA==", key: True},
@@ -116,7 +114,7 @@ def test_a_command_without_a_status_at_all_did_not_succeed(
 
 
 @pytest.mark.parametrize(
-    "why, cure",
+    ("why", "cure"),
     [
         ("The command guest-exec has been disabled for this instance", "allow guest-exec in the"),
         ("Command guest-exec has been disabled: the command is not allowed", "allow guest-exec in"),
@@ -138,7 +136,9 @@ def test_a_refusal_is_told_with_its_cure(
     assert bool(cure) == bool(caught.value.cure)
 
 
-@pytest.mark.parametrize("refusals, answers", [({}, True), ({"guest-ping": "not there"}, False)])
+@pytest.mark.parametrize(
+    ("refusals", "answers"), [({}, True), ({"guest-ping": "not there"}, False)]
+)
 def test_a_ping_tells_whether_the_agent_is_there(
     agent: Agent, local_guest: "LocalGuest", refusals: dict[str, str], answers: bool
 ) -> None:

@@ -28,7 +28,7 @@ def only_disk(element: str, default: str | None = None) -> DiskSource:
 
 
 @pytest.mark.parametrize(
-    "element, expected",
+    ("element", "expected"),
     [
         (
             "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>"
@@ -106,7 +106,7 @@ def test_a_disk_is_read(element: str, expected: DiskSource) -> None:
 
 
 @pytest.mark.parametrize(
-    "attributes, more, is_snapshotted, is_raw",
+    ("attributes", "more", "is_snapshotted", "is_raw"),
     [
         ("device='disk'", "", True, True),
         ("", "", True, True),
@@ -236,7 +236,7 @@ def test_a_name_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "devices, expected",
+    ("devices", "expected"),
     [
         ("<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>", 1),
         (
@@ -256,7 +256,7 @@ def test_the_agents_channel_is_found(devices: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "element, expected",
+    ("element", "expected"),
     [
         ("<memory>1024</memory>", 2**20),
         ("<memory unit='KiB'>1024</memory>", 2**20),
@@ -275,7 +275,7 @@ def test_memory_is_read_in_all_units(element: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "devices, expected",
+    ("devices", "expected"),
     [
         ("<serial type='pty'><log file='/l' append='off'/></serial>", "/l"),
         ("<serial type='file'><source path='/f'/></serial>", "/f"),
@@ -299,7 +299,7 @@ def test_the_file_of_the_console_is_found(devices: str, expected: str | None) ->
 
 
 @pytest.mark.parametrize(
-    "xml, expected",
+    ("xml", "expected"),
     [
         (domain("<serial type='pty'/>"), True),
         (domain("<console type='pty'/>"), True),
@@ -350,7 +350,7 @@ def test_a_snapshot_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "told, state",
+    ("told", "state"),
     [("shutoff", "shut off"), ("running", "running"), ("paused", "paused"), ("disk-snapshot",) * 2],
 )
 def test_the_state_of_a_snapshot_is_in_virshs_words(told: str, state: str) -> None:
@@ -358,7 +358,7 @@ def test_the_state_of_a_snapshot_is_in_virshs_words(told: str, state: str) -> No
 
 
 @pytest.mark.parametrize(
-    "body, internal",
+    ("body", "internal"),
     [
         ("<disks><disk name='vda' snapshot='external'><source file='/x'/></disk></disks>", False),
         ("<memory snapshot='external' file='/m'/>", False),

@@ -19,7 +19,7 @@ from pytest_kvmsnap.errors import (
 
 
 @pytest.mark.parametrize(
-    "parts, text",
+    ("parts", "text"),
     [
         ({}, "it failed"),
         ({"where": "box"}, "it failed\n  where: box"),
@@ -33,9 +33,7 @@ from pytest_kvmsnap.errors import (
         ({"why": "  \n"}, "it failed\n  why:   "),
     ],
 )
-def test_the_text_has_a_line_for_each_part_that_is_there(
-    parts: dict[str, str], text: str
-) -> None:
+def test_the_text_has_a_line_for_each_part_that_is_there(parts: dict[str, str], text: str) -> None:
     error = KvmsnapError("it failed", **parts)
     assert str(error) == text
     assert error.what == "it failed"

@@ -194,9 +194,7 @@ def test_a_lock_is_private(path: Path, lease: Lease) -> None:
 
 
 @pytest.mark.parametrize("target", ["precious", "nowhere"])
-def test_a_link_in_the_place_of_the_lock_is_refused(
-    path: Path, lease: Lease, target: str
-) -> None:
+def test_a_link_in_the_place_of_the_lock_is_refused(path: Path, lease: Lease, target: str) -> None:
     precious = path.with_name("precious")
     precious.write_text("precious")
     lock = path.with_suffix(".lock")

@@ -50,7 +50,7 @@ OPTIONS = Settings(domain="of option", snapshot="snapshot of option")
 
 
 @pytest.mark.parametrize(
-    "markers, settings, request_",
+    ("markers", "settings", "request_"),
     [
         (["kvm_domain('a')"], Settings(), Request("a")),
         (["kvm_domain('a')", "kvm_snapshot('s')"], Settings(), Request("a", "s")),
@@ -102,7 +102,7 @@ def test_no_domain_is_told_with_the_ways_to_name_one(test_of: ItemOf) -> None:
 
 
 @pytest.mark.parametrize(
-    "marker, why",
+    ("marker", "why"),
     [
         ("kvm_domain()", "no domain is named"),
         ("kvm_domain('a', 'b')", "several domains (a pool) are not supported yet"),

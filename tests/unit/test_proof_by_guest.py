@@ -84,9 +84,7 @@ def test_a_revert_without_the_disk_is_found_out(canary: Canary, disks: Disks) ->
     assert canary.look() == f"disk: {disks.disk} still has the mark"
 
 
-def test_the_mark_of_another_revert_is_no_mark(
-    canary: Canary, agent: Agent, disks: Disks
-) -> None:
+def test_the_mark_of_another_revert_is_no_mark(canary: Canary, agent: Agent, disks: Disks) -> None:
     """As after a test from a named snapshot, whose disk holds what an earlier run left."""
     disks.disk.write_bytes(b"token-0".ljust(4096, b"\0"))
     assert canary.look() == ""

@@ -44,7 +44,7 @@ def box(host: "Host") -> Iterator[Box]:
 
 
 @pytest.mark.parametrize(
-    "devices, wanted, means",
+    ("devices", "wanted", "means"),
     [
         ([AGENT], None, "agent"),
         ([], None, "none"),
@@ -96,18 +96,14 @@ def test_a_machine_that_never_answers_is_told_with_its_last_words(
     assert "--kvmsnap-ready-timeout" in error.cure
 
 
-def test_a_machine_without_a_console_is_told_as_such(
-    box: Box, local_guest: "LocalGuest"
-) -> None:
+def test_a_machine_without_a_console_is_told_as_such(box: Box, local_guest: "LocalGuest") -> None:
     local_guest.refusals = {"guest-ping": "not connected"}
     with pytest.raises(NotReadyError) as caught:
         ready.wait_ready(box.define(), "agent", 0.05)
     assert caught.value.why.endswith("nothing is known of its console")
 
 
-def test_a_machine_that_goes_off_is_not_waited_for(
-    box: Box, local_guest: "LocalGuest"
-) -> None:
+def test_a_machine_that_goes_off_is_not_waited_for(box: Box, local_guest: "LocalGuest") -> None:
     local_guest.refusals = {"guest-ping": "not connected"}
     with pytest.raises(NotReadyError) as caught:
         ready.wait_ready(box.define(state="shut off"), "agent", 600)
@@ -186,9 +182,7 @@ def test_a_console_that_somebody_else_has_open_is_left_alone(box: Box) -> None:
         assert console.lines() == ""
 
 
-def test_an_open_console_is_closed_at_the_end(
-    box: Box, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_open_console_is_closed_at_the_end(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mock, since the test driver has no console."""
     stream = Stream(b"login: ")
     monkeypatch.setattr(libvirt.virConnect, "newStream", lambda *_: stream)

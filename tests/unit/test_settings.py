@@ -101,7 +101,7 @@ def test_an_option_has_three_spellings() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key, given, value", RIGHT)
+@pytest.mark.parametrize(("key", "given", "value"), RIGHT)
 def test_a_value_is_parsed_and_its_origin_kept(
     key: str, given: object, value: object, source: str
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_value_is_parsed_and_its_origin_kept(
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key, given, why", WRONG)
+@pytest.mark.parametrize(("key", "given", "why"), WRONG)
 def test_a_wrong_value_is_told_with_its_origin(
     key: str, given: object, why: str, source: str
 ) -> None:
@@ -144,7 +144,7 @@ def test_none_stands_for_not_given(option: Option) -> None:
 
 
 @pytest.mark.parametrize(
-    "line, hook, ini, value",
+    ("line", "hook", "ini", "value"),
     [
         ("1", "2", "3", 1.0),
         (None, "2", "3", 2.0),
@@ -161,7 +161,8 @@ def test_command_line_over_hook_over_ini_over_default(
 
 
 @pytest.mark.parametrize(
-    "key, falsy", [("ready_timeout", 0), ("live", 0), ("uri", ""), ("domain", ""), ("convert", "")]
+    ("key", "falsy"),
+    [("ready_timeout", 0), ("live", 0), ("uri", ""), ("domain", ""), ("convert", "")],
 )
 def test_a_falsy_value_is_a_value_and_not_replaced_by_what_is_below(
     key: str, falsy: object
@@ -197,7 +198,7 @@ def test_a_name_is_spelt_with_either_sign(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, hint",
+    ("name", "hint"),
     [
         ("domian", "did you mean 'domain'? options: uri, domain, "),
         ("ready-timout", "did you mean 'ready-timeout'? "),
