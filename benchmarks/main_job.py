@@ -1,8 +1,8 @@
 """What a clean machine costs: `.venv/bin/python benchmarks/main_job.py [TESTS]`.
 
 Boots the example's guest in an embedded libvirt and runs empty tests on it. Wall time less the time
-in libvirt's and the agent's calls is our own overhead. The figures of one run belong together: machines
-differ, and so does one machine from minute to minute.
+in libvirt's and the agent's calls is our own overhead. The figures of one run belong together:
+machines differ, and so does one machine from minute to minute.
 """
 
 import os
@@ -22,6 +22,7 @@ EXAMPLE = Path(__file__).parents[1] / "example_suite"
 sys.path.insert(0, str(EXAMPLE))
 
 import pytest  # noqa: E402
+
 from lab import open_lab, reap_orphans  # noqa: E402
 
 
@@ -75,7 +76,7 @@ def watch_everything(clock: Clock) -> None:
     import libvirt
     import libvirt_qemu
 
-    from pytest_kvmsnap.guest import agent, ready
+    from pytest_kvmsnap.guest import ready
     from pytest_kvmsnap.guest.agent import Agent
     from pytest_kvmsnap.machine.domain import Domain
 
@@ -91,7 +92,7 @@ def watch_everything(clock: Clock) -> None:
     for name in ("getXMLDesc", "getName", "delete"):
         clock.watch(libvirt.virDomainSnapshot, name, "libvirt")
     clock.watch(libvirt_qemu, "qemuAgentCommand", "agent")  # type: ignore[arg-type]
-    clock.watch(agent.time, "sleep", "agent wait")  # type: ignore[arg-type]
+    clock.watch(time, "sleep", "agent wait")  # type: ignore[arg-type]
     waited = ready.wait_ready
 
     def wait_ready(*args: Any, **kwargs: Any) -> None:

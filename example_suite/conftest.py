@@ -5,6 +5,7 @@ With `--kvmsnap-uri qemu:///system --kvmsnap-domain centos` the same tests run o
 `--example-snapshot NAME` for those that start from a snapshot.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -49,9 +50,9 @@ def pytest_kvmsnap_lab(config: pytest.Config) -> dict[str, object] | None:
 def _build_lab(config: pytest.Config) -> dict[str, object]:
     config.stash[_LAB] = lab = open_lab()
     # in containers whose first process does not collect ended QEMUs, each revert would take longer
-    reaper = reap_orphans()
-    reaper.__enter__()
-    config.add_cleanup(lambda: reaper.__exit__(None, None, None))
+    stack = contextlib.ExitStack()
+    stack.enter_context(reap_orphans())
+    config.add_cleanup(stack.close)
     complete = lab.images / "complete"
     if not complete.exists():  # else an earlier run was killed, and the plugin puts it right
         linux = guest.build(print)

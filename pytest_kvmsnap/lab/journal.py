@@ -110,7 +110,9 @@ def load(path: Path) -> Journal | None:
         ) from None
 
 
-def _read(path: Path, content: dict[str, Any]) -> Journal:
+def _read(path: Path, content: Any) -> Journal:
+    if not isinstance(content, dict):
+        raise TypeError("it is no journal")
     if content.pop("version") != _VERSION:
         raise ValueError("it was written by another version of pytest-kvmsnap")
     if content["found"] is not None:

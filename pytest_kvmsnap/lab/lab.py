@@ -203,8 +203,10 @@ class Lab:
     # helpers
 
     def _domain(self, name: str) -> Domain:
-        hypervisor = self.hypervisor
-        return Domain(hypervisor, hypervisor.find(name), name)
+        for held in self._held.values():  # a test may have renamed one of ours
+            if held.machine.domain.name == name:
+                return held.machine.domain
+        return Domain(self.hypervisor, self.hypervisor.find(name), name)
 
     def _lease(self, domain: Domain) -> Lease:
         return Lease.of(domain, folder_for(domain.hypervisor.uri, self._settings.lock_dir))

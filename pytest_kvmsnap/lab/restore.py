@@ -24,10 +24,11 @@ def revert(domain: Domain, journal: Journal, snapshot: str, timeout: float) -> N
     """Revert with force, whatever a test did to the domain.
 
     A block job would make the revert fail, and a managed save would put stale memory over the
-    reverted disk at the next start; a revert restores neither an undefined domain nor the
-    autostart flag.
+    reverted disk at the next start. A revert restores neither an undefined domain nor its name nor
+    the autostart flag.
     """
     _define_again(domain, journal)
+    domain.restore_name()
     domain.end_block_jobs()
     if domain.has_managed_save():
         domain.remove_managed_save()
@@ -120,7 +121,9 @@ def _delete_ours(domain: Domain, journal: Journal) -> None:
 
 def _restore_current(domain: Domain, found: Found) -> None:
     """Make the snapshot current that was; deleting ours makes their parent so, mostly that one."""
-    if found.current is not None and domain.current() != found.current:
+    if found.current is None or domain.current() == found.current:
+        return
+    if found.current in domain.snapshot_xmls():  # else a test deleted it, and its data is gone
         domain.redefine_snapshot(found.snapshots[found.current], current=True)
 
 

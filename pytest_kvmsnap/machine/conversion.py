@@ -61,7 +61,13 @@ def problems(domain: Domain, conversions: list[Conversion], convert: str) -> lis
             )
             for conversion in conversions
         ]
-    found = [_problem(domain, conversion) for conversion in conversions]
+    targets = [conversion.qcow2 for conversion in conversions]
+    found = [
+        _same_target(domain, conversion)
+        if targets.count(conversion.qcow2) > 1
+        else _problem(domain, conversion)
+        for conversion in conversions
+    ]
     return [problem for problem in found if problem is not None] or _space(domain, conversions)
 
 
@@ -99,6 +105,15 @@ def _problem(domain: Domain, conversion: Conversion) -> UsageProblem | None:
             f"run once as a user who may, or: qemu-img convert -f raw -O qcow2 {raw} {qcow2}",
         )
     return None
+
+
+def _same_target(domain: Domain, conversion: Conversion) -> UsageProblem:
+    return _blocked(
+        domain,
+        conversion,
+        f"another of its disks would become {conversion.qcow2} too",
+        "rename one of the two files, and change the definition",
+    )
 
 
 def _other_users(domain: Domain, raw: Path) -> list[str]:

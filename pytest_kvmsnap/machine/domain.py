@@ -168,11 +168,20 @@ class Domain:
         with telling("cannot remove the managed save", self.where):
             self.raw.managedSaveRemove()
 
+    def restore_name(self) -> None:
+        """Undo a rename, which a revert does not; libvirt renames only machines that are off."""
+        with telling("cannot give the machine its name back", self.where):
+            if self.raw.name() != self.name:
+                self.destroy()
+                self.raw.rename(self.name)
+
     # snapshots
 
     def snapshots(self) -> list[Snapshot]:
+        """Return the snapshots, parents before children."""
         with telling("cannot list the snapshots", self.where):
-            return [domainxml.snapshot(s.getXMLDesc()) for s in self.raw.listAllSnapshots()]
+            listed = self.raw.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)
+            return [domainxml.snapshot(snapshot.getXMLDesc()) for snapshot in listed]
 
     def snapshot_xmls(self) -> dict[str, str]:
         """Return the XML of all snapshots by name, parents before children."""

@@ -1,12 +1,11 @@
 """What we read from, and change in, the XML of domains and snapshots. Pure: touches nothing."""
 
+import contextlib
 import datetime as dt
+import io
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
-
-# so that a definition that we change keeps the prefixes that its owner knows
-ET.register_namespace("qemu", "http://libvirt.org/schemas/domain/qemu/1.0")
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
@@ -78,6 +77,7 @@ def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
 
 def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
     """Return the definition with the disks (by target) switched to these qcow2 images."""
+    _keep_prefixes(domain_xml)
     root = ET.fromstring(domain_xml)
     for element in root.iterfind("./devices/disk"):
         target = element.find("target")
@@ -91,6 +91,13 @@ def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
             driver = ET.SubElement(element, "driver", {"name": "qemu"})
         driver.set("type", "qcow2")
     return ET.tostring(root, encoding="unicode")
+
+
+def _keep_prefixes(xml: str) -> None:
+    """Have namespaces written with the prefixes that their owner knows, `qemu:` and the like."""
+    for _, (prefix, uri) in ET.iterparse(io.StringIO(xml), events=["start-ns"]):
+        with contextlib.suppress(ValueError):  # prefixes that ElementTree makes up itself
+            ET.register_namespace(prefix, uri)
 
 
 def name(domain_xml: str) -> str:

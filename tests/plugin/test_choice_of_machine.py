@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.testdriver import Host, Suite
+    from testdriver import Host, Suite
 
 # markers
 

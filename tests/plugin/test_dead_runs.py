@@ -23,7 +23,7 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 
 if TYPE_CHECKING:
-    from tests.testdriver import Host, Look, Suite
+    from testdriver import Host, Look, Suite
 
 ONE_TEST = "def test_machine(vm): assert vm.state == 'running'"
 DEAD = 2**22 + 1  # higher than any pid

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.testdriver import Calls, Host, Suite
+    from testdriver import Calls, Host, Suite
 
 MESS = "vm.snapshot('mess'); vm.domain.setAutostart(1); vm.destroy()"
 
@@ -158,8 +158,8 @@ def test_stepwise_runs_in_a_row(suite: "Suite", host: "Host") -> None:
         assert host.look() == before
 
 
-def test_workers_of_xdist_share_a_machine_in_turns(suite: "Suite") -> None:
-    """Each worker has a test driver of its own here, so this shows the lease and no more."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_workers_of_xdist_are_refused(suite: "Suite", workers: int) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     suite.write(
         """
@@ -168,14 +168,28 @@ def test_workers_of_xdist_share_a_machine_in_turns(suite: "Suite") -> None:
         @pytest.mark.parametrize("number", range(4))
         def test_machine(vm, number):
             assert vm.state == "running"
+
+        def test_without(): pass
         """
     )
-    suite.host.define("test")
     node = suite.pytester.path / "node.xml"
     node.write_text(NODE)
-    result = suite.run_apart("-n2", f"--kvmsnap-uri=test://{node}", domain="box")
-    result.assert_outcomes(passed=4)
+    result = suite.run_apart(f"-n{workers}", f"--kvmsnap-uri=test://{node}", domain="box")
+    if workers == 1:
+        result.assert_outcomes(passed=5)
+    else:
+        result.assert_outcomes()
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        said = result.stdout.str()
+        assert said.count("2 workers of pytest-xdist cannot share machines yet") == 1
+        assert "INTERNALERROR" not in said
     assert suite.left_over() == []
+
+
+def test_workers_of_xdist_may_run_other_tests(suite: "Suite") -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    suite.write("def test_machine(vm): pass\ndef test_without(): pass")
+    suite.run_apart("-n2", "-m", "not kvm").assert_outcomes(passed=1)
 
 
 NODE = """

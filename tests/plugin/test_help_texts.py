@@ -8,7 +8,7 @@ from pytest_kvmsnap import markers
 from pytest_kvmsnap.settings import OPTIONS, Option
 
 if TYPE_CHECKING:
-    from tests.testdriver import Suite
+    from testdriver import Suite
 
 
 def squeezed(text: str) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.testdriver import Calls, Host, Suite
+    from testdriver import Calls, Host, Suite
 
 STATES = ("running", "paused", "shut off")
 
@@ -296,14 +296,7 @@ UNDONE = {
 }
 
 
-XFAIL_RENAME = pytest.mark.xfail(
-    strict=True, reason="a renamed domain is looked up by its old name, and keeps the new one"
-)
-
-
-@pytest.mark.parametrize(
-    "mischief", [pytest.param(m, marks=[XFAIL_RENAME] if m == "rename" else []) for m in UNDONE]
-)
+@pytest.mark.parametrize("mischief", list(UNDONE))
 @pytest.mark.parametrize("state", STATES)
 def test_what_a_test_did_to_the_machine_is_undone(
     suite: "Suite", host: "Host", mischief: str, state: str

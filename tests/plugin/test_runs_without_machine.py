@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.testdriver import Suite
+    from testdriver import Suite
 
 # Printed at the very end of a run, by the run's own process.
 SPY = """

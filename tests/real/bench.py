@@ -68,7 +68,7 @@ class Machine:
         return [line.split()[1] for line in listed.splitlines()[2:]]
 
     def start(self, command: str = "true") -> str:
-        """Start it unless it runs, wait for its agent and run a shell command; return its output."""
+        """Start it unless it runs, wait for its agent and return what a shell command says."""
         done = subprocess.run(
             [sys.executable, str(HERE / "outside.py"), self.lab.uri, self.name, command],
             capture_output=True,
@@ -80,7 +80,7 @@ class Machine:
         return done.stdout
 
     def destroy(self) -> None:
-        """Pull the plug. virsh may say that it failed, right after it connected, and do it still."""
+        """Pull the plug. Just after it connected, virsh may say that it failed and do it still."""
         for _ in range(100):
             if self.state == "shut off":
                 return

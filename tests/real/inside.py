@@ -3,6 +3,7 @@
 Each line of the file named by KVMSNAP_RECORD is one call: `take NAME`, `revert NAME`, …
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -17,9 +18,9 @@ RECORDED = ("take_snapshot", "revert", "delete_snapshot", "start", "resume", "de
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    context = reap_orphans()
-    context.__enter__()
-    config.add_cleanup(lambda: context.__exit__(None, None, None))
+    stack = contextlib.ExitStack()
+    stack.enter_context(reap_orphans())
+    config.add_cleanup(stack.close)
     if "KVMSNAP_RECORD" in os.environ:
         _record(Path(os.environ["KVMSNAP_RECORD"]))
 

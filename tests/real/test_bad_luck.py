@@ -56,7 +56,10 @@ def test_run_killed_while_it_converts_leaves_the_machine_usable(
     real = subprocess.run(["which", "qemu-img"], capture_output=True, text=True, check=True).stdout
     slow = pytester.mkdir("bin") / "qemu-img"  # the real one, but it takes its time to convert
     slow.write_text(
-        f'#!/bin/sh\nif [ "$1" = convert ]; then shift; set -- convert -r 1M "$@"; (sleep 1; touch "{sign}") & fi\nexec {real.strip()} "$@"\n'
+        "#!/bin/sh\n"
+        f'if [ "$1" = convert ]; then shift; set -- convert -r 1M "$@"; '
+        f'(sleep 1; touch "{sign}") & fi\n'
+        f'exec {real.strip()} "$@"\n'
     )
     slow.chmod(0o755)
     path = os.environ["PATH"]

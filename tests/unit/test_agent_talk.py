@@ -12,7 +12,7 @@ from pytest_kvmsnap.errors import AgentError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent, Finished
 
 if TYPE_CHECKING:
-    from tests.localguest import LocalGuest
+    from localguest import LocalGuest
 
 WHERE = "box at test:///default"
 
@@ -188,11 +188,15 @@ def test_no_message_to_the_agent_is_longer_than_it_takes(
 @pytest.mark.parametrize("verb", ["read", "write"])
 def test_a_file_that_cannot_be_opened_is_told(agent: Agent, tmp_path: Path, verb: str) -> None:
     path = str(tmp_path / "nowhere" / "file")
-    with pytest.raises(AgentError, match=f"cannot open {path} in the guest") as caught:
+
+    def touch_it() -> None:
         if verb == "read":
             list(agent.read(path))
         else:
             agent.write(path, iter([b"data"]))
+
+    with pytest.raises(AgentError, match=f"cannot open {path} in the guest") as caught:
+        touch_it()
     assert caught.value.where == WHERE
     assert "No such file" in caught.value.why
 

@@ -220,9 +220,10 @@ def test_nothing_is_changed_when_no_such_disk_holds_an_image(images: dict[str, P
     assert same(domainxml.with_qcow2(RICH, images), RICH)
 
 
-@pytest.mark.xfail(strict=True, reason="prefixes other than qemu's become ns0")
 def test_the_prefix_of_metadata_is_kept() -> None:
-    assert '<app:data xmlns:app="http://example.org/app">' in domainxml.with_qcow2(RICH, {})
+    written = domainxml.with_qcow2(RICH, {})
+    assert "<app:data>" in written
+    assert 'xmlns:app="http://example.org/app"' in written
 
 
 # other things that are read

@@ -19,7 +19,7 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 
 if TYPE_CHECKING:
-    from tests.testdriver import Host
+    from testdriver import Host
 
 # Takes the lease beside argv[1], writes a journal there, and holds it until its input ends.
 HOLDER = """
@@ -286,7 +286,7 @@ def make_link(folder: Path) -> None:
 def test_a_folder_that_cannot_be_used_is_told(home: Path, make: object) -> None:
     assert callable(make)
     make(home / "locks")
-    with pytest.raises(LeaseError, match="cannot use .*locks for locks") as caught:
+    with pytest.raises(LeaseError, match=r"cannot use .*locks for locks") as caught:
         folder_for("test:///default", home / "locks")
     assert caught.value.why
     assert "--kvmsnap-lock-dir" in caught.value.cure

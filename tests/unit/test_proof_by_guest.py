@@ -10,7 +10,7 @@ from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
 
 if TYPE_CHECKING:
-    from tests.localguest import LocalGuest
+    from localguest import LocalGuest
 
 # Not every file system of a test's folder takes O_DIRECT; the real tier has one that does.
 DD = """#!/bin/sh

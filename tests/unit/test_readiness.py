@@ -15,8 +15,8 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 
 if TYPE_CHECKING:
-    from tests.localguest import LocalGuest
-    from tests.testdriver import Host
+    from localguest import LocalGuest
+    from testdriver import Host
 
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 

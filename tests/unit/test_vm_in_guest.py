@@ -15,8 +15,8 @@ from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.localguest import LocalGuest
-    from tests.testdriver import Host
+    from localguest import LocalGuest
+    from testdriver import Host
 
 
 @pytest.fixture
