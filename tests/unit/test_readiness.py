@@ -10,6 +10,7 @@ from testdriver import disk
 
 from pytest_kvmsnap.errors import NotReadyError
 from pytest_kvmsnap.guest import ready
+from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.console import ConsoleTail, console_tail
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
@@ -73,7 +74,7 @@ def test_a_machine_that_answers_late_is_ready(
     box: Box, local_guest: "LocalGuest", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False, False, False, True])
-    monkeypatch.setattr(ready.Agent, "answers", lambda self: next(answers))
+    monkeypatch.setattr(Agent, "answers", lambda self: next(answers))
     ready.wait_ready(box.define(), "agent", 60)
     assert next(answers, None) is None
 
@@ -199,7 +200,7 @@ def test_an_open_console_is_closed_at_the_end(box: Box, monkeypatch: pytest.Monk
 def test_the_clock_is_set_by_libvirt(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(libvirt.virDomain, "setTime", lambda self, time: given.append(time))
-    monkeypatch.setattr(ready.time, "time", lambda: 1700000000.25)
+    monkeypatch.setattr("pytest_kvmsnap.guest.ready.time.time", lambda: 1700000000.25)
     ready.set_clock(box.define())
     assert given == [{"seconds": 1700000000, "nseconds": 250000000}]
 
@@ -215,7 +216,7 @@ def test_else_by_date_and_else_not_at_all(
         raise libvirt.libvirtError("no hwclock")
 
     monkeypatch.setattr(libvirt.virDomain, "setTime", refuse)
-    monkeypatch.setattr(ready.time, "time", lambda: 1700000000.25)
+    monkeypatch.setattr("pytest_kvmsnap.guest.ready.time.time", lambda: 1700000000.25)
     local_guest.replies = {
         "guest-exec": {"pid": 1},
         "guest-exec-status": {"exited": True, "exitcode": 0},
