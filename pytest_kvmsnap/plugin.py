@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.main import wrap_session
@@ -11,6 +12,9 @@ from pytest_kvmsnap import hooks, markers, run, xdist
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
+
+if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter  # public from pytest 8.4 on
 
 pytest_plugins = ("pytest_kvmsnap.fixtures",)
 
@@ -135,7 +139,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: "TerminalReporter") -> None:
     config = terminalreporter.config
     for problem in xdist.handed_over(config):
         terminalreporter.write_line(f"ERROR: {problem}", red=True)
