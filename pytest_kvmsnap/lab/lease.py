@@ -120,10 +120,9 @@ class Lease:
         return journal.owner() if journal else "a process that has just taken it"
 
     def release(self) -> None:
-        """Give it back. The lock's file goes too, unless somebody has something to undo there."""
+        """Give it back, with the lock's file, so that the folder does not grow."""
+        # still locked: whoever opened the file meanwhile sees that it is not the one on disk any
+        # more (filelock looks) and makes a new one
         with contextlib.suppress(OSError):
-            if not self.journal_path.exists():
-                # still locked: whoever opened the old file meanwhile finds that it is not the one
-                # on disk any more (filelock looks) and opens the new one
-                Path(self._lock.lock_file).unlink()
+            Path(self._lock.lock_file).unlink()
         self._lock.release()

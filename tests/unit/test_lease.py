@@ -162,12 +162,12 @@ def test_the_locks_file_goes_with_the_lease(path: Path) -> None:
     assert names(path.parent) == []
 
 
-def test_the_locks_file_stays_while_there_is_something_to_undo(path: Path) -> None:
+def test_the_locks_file_goes_and_what_must_be_undone_stays(path: Path) -> None:
     lease = Lease.beside(path)
     assert lease.try_take()
     Journal(path, "run", "uri", "box", "uuid").save()
     lease.release()
-    assert names(path.parent) == ["machine.json", "machine.lock"]
+    assert names(path.parent) == ["machine.json"]
 
 
 def test_it_can_be_taken_again_after_its_release(path: Path, lease: Lease) -> None:
