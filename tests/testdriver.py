@@ -55,6 +55,14 @@ def definition(name: str, *devices: str) -> str:
     )
 
 
+def node_file(*devices: str, state: str = "running") -> str:
+    """Return a host with one domain `box`, for a `test://FILE` that every process reads anew."""
+    off = "<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate>"
+    same = "<uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>"  # in every process
+    box = definition("box", *devices).replace("</name>", f"</name>{same}")
+    return f"<node>{box.replace('<os>', f'{off}<os>') if state == 'shut off' else box}</node>"
+
+
 class Host:
     """libvirt's test driver, with no domain but those that a test defines."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from testdriver import URI, disk
+from testdriver import URI, disk, node_file
 
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.journal import Journal
@@ -312,28 +312,9 @@ def test_clean_with_an_unreachable_uri(suite: "Suite") -> None:
 # killed for real, with a test driver that comes from a file
 
 
-NODE = """
-<node>
-  <domain type='test'>
-    <name>box</name>
-    <uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>
-    <memory>8192</memory>
-    <os><type>hvm</type></os>
-    <devices>
-      <disk type='file' device='disk'>
-        <driver name='qemu' type='qcow2'/>
-        <source file='/images/box.qcow2'/>
-        <target dev='vda'/>
-      </disk>
-    </devices>
-  </domain>
-</node>
-"""
-
-
 def test_a_kill_in_a_test_leaves_a_journal_that_the_next_run_works_off(suite: "Suite") -> None:
     node: Path = suite.pytester.path / "node.xml"
-    node.write_text(NODE)
+    node.write_text(node_file(disk("/images/box.qcow2")))
     uri = f"--kvmsnap-uri=test://{node}"
     suite.write("import os\ndef test_kill(vm): os.kill(os.getpid(), 9)")
     assert suite.run_apart(uri).ret == -signal.SIGKILL

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import pytest
+from testdriver import disk, node_file
 
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
@@ -173,7 +174,7 @@ def test_several_workers_of_xdist_are_refused(suite: "Suite", workers: int) -> N
         """
     )
     node = suite.pytester.path / "node.xml"
-    node.write_text(NODE)
+    node.write_text(node_file(disk("/images/box.qcow2")))
     result = suite.run_apart(f"-n{workers}", f"--kvmsnap-uri=test://{node}", domain="box")
     if workers == 1:
         result.assert_outcomes(passed=5)
@@ -190,22 +191,3 @@ def test_workers_of_xdist_may_run_other_tests(suite: "Suite") -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     suite.write("def test_machine(vm): pass\ndef test_without(): pass")
     suite.run_apart("-n2", "-m", "not kvm").assert_outcomes(passed=1)
-
-
-NODE = """
-<node>
-  <domain type='test'>
-    <name>box</name>
-    <uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>
-    <memory>8192</memory>
-    <os><type>hvm</type></os>
-    <devices>
-      <disk type='file' device='disk'>
-        <driver name='qemu' type='qcow2'/>
-        <source file='/images/box.qcow2'/>
-        <target dev='vda'/>
-      </disk>
-    </devices>
-  </domain>
-</node>
-"""

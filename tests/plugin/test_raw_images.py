@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from testdriver import disk
+from testdriver import disk, node_file
 
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor
@@ -341,25 +341,6 @@ def test_not_enough_space(
 
 # killed on the way: the state of the test driver dies with its process, so it comes from a file
 
-NODE = """
-<node>
-  <domain type='test'>
-    <name>box</name>
-    <uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>
-    <memory>8192</memory>
-    <os><type>hvm</type></os>
-    <test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate>
-    <devices>
-      <disk type='file' device='disk'>
-        <driver name='qemu' type='raw'/>
-        <source file='{raw}'/>
-        <target dev='vda'/>
-      </disk>
-    </devices>
-  </domain>
-</node>
-"""
-
 
 @pytest.mark.parametrize("command", ["convert", "compare"])
 def test_a_kill_while_converting_leaves_no_half_file_after_the_next_run(
@@ -371,7 +352,7 @@ def test_a_kill_while_converting_leaves_no_half_file_after_the_next_run(
 ) -> None:
     """A fake qemu-img kills the run that started it, and half a file stays."""
     file = suite.pytester.path / "node.xml"
-    file.write_text(NODE.format(raw=image.raw))
+    file.write_text(node_file(disk(image.raw, "raw"), state="shut off"))
     script = f"#!/bin/sh\nif [ $1 = {command} ]; then kill -9 $PPID; exit 1; fi\n"
     with monkeypatch.context() as patched:
         fake_qemu_img(suite, patched, qemu_img, script)
