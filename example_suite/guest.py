@@ -384,6 +384,8 @@ def _run(*command: str, cwd: Path | None = None, **environment: str) -> str:
 
     Raises `GuestError` with the tool's complaint if it fails, or is missing.
     """
+    # ordinary users of Debian do not have the folders of mke2fs on their path
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     try:
         done = subprocess.run(
             command,
@@ -392,7 +394,7 @@ def _run(*command: str, cwd: Path | None = None, **environment: str) -> str:
             check=True,
             encoding="utf-8",
             errors="replace",
-            env=os.environ | {"LC_ALL": "C"} | environment,
+            env=os.environ | {"LC_ALL": "C", "PATH": path} | environment,
         )
     except FileNotFoundError:
         raise GuestError(f"{command[0]} is needed to build the example guest; install it") from None

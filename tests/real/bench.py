@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from guest import Guest
 from lab import Lab
 
 HERE = Path(__file__).parent
@@ -145,8 +146,9 @@ class Maker:
 
     numbers = itertools.count(1)
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, linux: Guest) -> None:
         self._lab = lab
+        self._linux = linux  # given, since pytester moves the home folder with the guest's cache
         self.made: list[Machine] = []
 
     def __call__(
@@ -154,7 +156,11 @@ class Maker:
     ) -> Machine:
         name = f"m{next(self.numbers)}"
         disk = self._lab.add_machine(
-            name, disk_format=disk_format, agent=agent, console_log=console_log
+            name,
+            guest=self._linux,
+            disk_format=disk_format,
+            agent=agent,
+            console_log=console_log,
         )
         self.made.append(Machine(self._lab, name, disk))
         return self.made[-1]

@@ -46,8 +46,8 @@ def suite(pytester: pytest.Pytester, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def make_machine(lab: Lab) -> Iterator[Maker]:
-    maker = Maker(lab)
+def make_machine(lab: Lab, linux: guests.Guest) -> Iterator[Maker]:
+    maker = Maker(lab, linux)
     yield maker
     for machine in maker.made:
         with contextlib.suppress(AssertionError):
