@@ -79,7 +79,7 @@ class VM:
 
         `wait_ready` waits until it is up again.
         """
-        self._domain.reboot(timeout)
+        self._domain.reboot(timeout, by_agent=self._ready == "agent")
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the machine is ready, `--kvmsnap-ready-timeout` seconds unless told otherwise.

@@ -1,123 +1,339 @@
-"""The README's tables and examples, held against the code."""
+"""README and CHANGELOG, held against the code, in both directions where it has two."""
 
 import ast
+import dataclasses
+import importlib.metadata
 import inspect
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import pytest_kvmsnap
-from pytest_kvmsnap import VM, fixtures, markers
+from pytest_kvmsnap import VM, Disk, Snapshot, fixtures, hooks, markers, plugin, settings
 from pytest_kvmsnap.guest import canary
-from pytest_kvmsnap.machine import preflight
+from pytest_kvmsnap.lab import lease
 from pytest_kvmsnap.settings import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGE = Path(pytest_kvmsnap.__file__).parent
 
 
 def section(title: str) -> str:
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    _, heading, rest = README.partition(f"\n## {title}\n")
+    assert heading, f"the README has no section {title!r}"
+    return rest.partition("\n## ")[0]
 
 
-def table(title: str) -> list[list[str]]:
-    """Return the rows of a section's table, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
-
-
-def code(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_options() -> None:
-    assert table("Options") == [
-        [f"`{option.flag}`", f"`{option.ini}`", option.default_text, option.help]
-        for option in OPTIONS
+def tables(title: str) -> list[list[list[str]]]:
+    """Return the tables of a section without their heads, as rows of cells."""
+    found = re.findall(r"(?:^\|.*\n?)+", section(title), re.MULTILINE)
+    return [
+        [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in lines.splitlines()[2:]
+            if not line.startswith("| **")  # the heading of a group
+        ]
+        for lines in found
     ]
 
 
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+    return [block for of, block in fenced if of == language]
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def said(node: ast.AST) -> str | None:
+    """Return a literal string of the code as people read it, with … for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(said(part) or "…" for part in node.values)
+    return None
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+class Parser:
+    """Notes what the plugin adds to pytest's parser."""
+
+    def __init__(self) -> None:
+        self.flags: set[str] = set()
+        self.ini: set[str] = set()
+
+    def getgroup(self, *_: str) -> "Parser":
+        return self
+
+    def addoption(self, flag: str, **_: object) -> None:
+        self.flags.add(flag)
+
+    def addini(self, name: str, *_: str, **__: object) -> None:
+        self.ini.add(name)
+
+
+@pytest.fixture
+def added() -> Parser:
+    parser: Any = Parser()
+    plugin.pytest_addoption(parser)
+    return parser  # type: ignore[no-any-return]
+
+
+def test_options() -> None:
+    assert tables("Options") == [
+        [
+            [f"`{option.flag}`", f"`{option.ini}`", option.default_text, option.help]
+            for option in OPTIONS
+        ]
+    ]
+
+
+def test_the_options_are_all_that_there_are(added: Parser) -> None:
+    clean = re.findall(r"^`(--[a-z-]+)` \(command line only\)", section("Options"), re.MULTILINE)
+    assert added.flags == {option.flag for option in OPTIONS} | set(clean)
+    assert added.ini == {option.ini for option in OPTIONS}
+
+
+@pytest.mark.parametrize("text", [README, CHANGELOG], ids=["README", "CHANGELOG"])
+def test_no_option_is_named_that_there_is_not(added: Parser, text: str) -> None:
+    flags = set(re.findall(r"--kvmsnap-[a-z]+(?:-[a-z]+)*", text))
+    assert flags - added.flags == set()
+    assert set(re.findall(r"\bkvmsnap_[a-z_]+", text)) - added.ini == set()
+
+
+def test_option_values_that_are_named_are_allowed() -> None:
+    values = re.findall(r"--kvmsnap-([a-z-]+)=([a-z]+)", README)
+    assert values
+    for name, value in values:
+        key = name.replace("-", "_")
+        settings.resolve({key: value}, {}, {})
+
+
+def test_folders_of_the_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/qa")
+    assert lease.private_folder() == Path("/home/qa/.local/state/pytest-kvmsnap")
+    assert "`pytest-kvmsnap` in\n`$XDG_STATE_HOME` (`~/.local/state`)" in section("Options")
+    shared, _ = lease.folders()
+    assert f"`{shared}` for URIs that end in `/system`" in section("Options")
+
+
+# --- markers, fixtures, hook ------------------------------------------------------------------
+
+
 def test_markers() -> None:
-    lines = [line.split(": ", 1) for line in markers.marker_lines()]
-    rows = [[f"`{name}`", meaning] for name, meaning in (_unsplit(line) for line in lines)]
-    assert table("Markers") == rows
+    signatures = [markers.signature(marker) for marker in markers.MARKERS]
+    lines = list(markers.marker_lines())
+    names = [*signatures, "kvm"]
+    meanings = [line.removeprefix(f"{name}: ") for name, line in zip(names, lines, strict=True)]
+    rows = [[f"`{name}`", meaning] for name, meaning in zip(names, meanings, strict=True)]
+    assert tables("Markers") == [rows]
 
 
-def _unsplit(line: list[str]) -> tuple[str, str]:
-    """Undo the split inside of a signature: `kvm_snapshot(name: str): Start …`."""
-    whole = ": ".join(line)
-    name = whole[: whole.index("): ") + 1] if "(" in whole.split(": ")[0] else whole.split(": ")[0]
-    return name, whole[len(name) + 2 :]
+def test_no_marker_is_named_that_there_is_not() -> None:
+    known = {marker.__name__ for marker in markers.MARKERS}
+    assert set(re.findall(r"\bkvm_\w+", README + CHANGELOG)) <= known
 
 
 def test_fixtures() -> None:
-    defined = {
-        name
-        for name, value in vars(fixtures).items()
-        if type(value).__name__ == "FixtureFunctionDefinition"
-        or hasattr(value, "_pytestfixturefunction")
-    }
-    assert {code(row[0])[0] for row in table("Fixtures")} == defined
+    scopes = {}
+    for node in ast.walk(ast.parse(inspect.getsource(fixtures))):
+        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            call = decorator if isinstance(decorator, ast.Call) else None
+            if ast.unparse(call.func if call else decorator) == "pytest.fixture":
+                given = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
+                assert isinstance(node, ast.FunctionDef)
+                scopes[given.get("name", node.name)] = given.get("scope", "function")
+    (rows,) = tables("Fixtures")
+    assert {code(row[0])[0]: row[1] for row in rows} == scopes
+
+
+def test_hooks() -> None:
+    specified = {name for name in vars(hooks) if name.startswith("pytest_")}
+    assert set(re.findall(r"\bpytest_kvmsnap_\w+", README + CHANGELOG)) == specified
+
+
+def test_the_example_of_the_hook_returns_options() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", section("The hook"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    returned = names["pytest_kvmsnap_lab"](config=None)
+    resolved = settings.resolve({}, settings.hook_values(returned), {})
+    assert len(resolved.origins) == len(returned)
+
+
+# --- VM and the public names ------------------------------------------------------------------
+
+
+def members() -> set[str]:
+    stub: Any = SimpleNamespace(name="", uuid="", hypervisor=SimpleNamespace(uri=""))
+    vm = VM(stub, ready="none", ready_timeout=1, revert_timeout=1, description="")
+    return {name for name in (*vars(VM), *vars(vm)) if not name.startswith("_")}
 
 
 def test_members_of_vm() -> None:
-    told = {name.partition("(")[0] for row in table("VM") for name in code(row[0])}
-    attributes = {"name", "uuid", "uri"}
-    public = {name for name in vars(VM) if not name.startswith("_")}
-    assert told == public | attributes
+    told = [name.partition("(")[0] for row in tables("VM")[0] for name in code(row[0])]
+    assert sorted(told) == sorted(members())
 
 
-@pytest.mark.parametrize("call", [c for row in table("VM") for c in code(row[0]) if "(" in c])
+def signatures_of_vm() -> list[str]:
+    return [call for row in tables("VM")[0] for call in code(row[0])]
+
+
+@pytest.mark.parametrize("call", signatures_of_vm())
 def test_signatures_of_vm(call: str) -> None:
-    name, _, rest = call.partition("(")
-    told = [part.strip() for part in rest.rstrip(")").split(",") if part.strip()]
-    parameters = list(inspect.signature(getattr(VM, name)).parameters.values())[1:]
-    assert [part.partition("=")[0] for part in told if part != "*"] == [p.name for p in parameters]
-    for part, parameter in zip([p for p in told if p != "*"], parameters, strict=True):
-        default = part.partition("=")[2]
-        assert default == ("" if parameter.default is parameter.empty else str(parameter.default))
+    name = call.partition("(")[0]
+    member = vars(VM).get(name)
+    if not inspect.isfunction(member):
+        assert call == name
+        return
+    signature = inspect.signature(member)
+    bare = [p.replace(annotation=p.empty) for p in list(signature.parameters.values())[1:]]
+    parameters = signature.replace(parameters=bare, return_annotation=signature.empty)
+    assert call == f"{name}{parameters}"
+
+
+def test_no_member_of_vm_is_used_that_there_is_not() -> None:
+    assert set(re.findall(r"\bvm\.(\w+)", README + CHANGELOG)) <= members()
 
 
 def test_public_names() -> None:
-    text = section("VM").partition("For annotations")[2]
-    told = set(re.findall(r"\b[A-Z]\w+", " ".join(code(text)))) - {"BLACKLIST_RPC"}
-    assert told == set(pytest_kvmsnap.__all__)
-    for name in pytest_kvmsnap.__all__:
+    told = [code(row[0])[0] for row in tables("VM")[1]]
+    assert sorted(told) == sorted(pytest_kvmsnap.__all__)
+    for name in told:
         assert getattr(pytest_kvmsnap, name).__name__ == name
 
 
-def test_canary_paths() -> None:
-    assert f"`{canary.MEMORY}`" in README
-    assert f"`{canary.DISK}`" in README
-    assert preflight.OURS.startswith("pytest-kvmsnap")
+@pytest.mark.parametrize("row", tables("VM")[1], ids=lambda row: code(row[0])[0])
+def test_meaning_of_public_names(row: list[str]) -> None:
+    public = getattr(pytest_kvmsnap, code(row[0])[0])
+    if public in (Disk, Snapshot):
+        assert code(row[1]) == [field.name for field in dataclasses.fields(public)]
+    elif base := re.match(r"an? `(\w+)`:", row[1]):
+        assert [parent.__name__ for parent in public.__bases__] == [base[1]]
+    elif public is not VM:
+        assert public.__bases__ == (Exception,)
+        assert code(row[1]) == list(vars(public("")))
+
+
+# --- the canary and the agent -----------------------------------------------------------------
+
+
+def test_paths_of_the_canary() -> None:
+    told = set(re.findall(r"[/\w.-]+\.canary\b", README))
+    assert told == {canary.MEMORY, canary.DISK}
+
+
+def test_commands_of_the_agent() -> None:
+    literals = [said(node) or "" for _, tree in trees() for node in ast.walk(tree)]
+    used = {text for text in literals if re.fullmatch(r"guest(-[a-z]+)+", text)}
+    told = re.search(r"used:(.*?)by us, and by libvirt(.*?)\.", section("Install it"), re.DOTALL)
+    assert told is not None
+    assert set(code(told[1])) == used
+    assert set(code(told[2])) == {"guest-sync", "guest-set-time", "guest-shutdown"}
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def refusals() -> list[str]:
+    return [row[0] for table in tables("What it refuses, and why") for row in table]
+
+
+@pytest.mark.parametrize("refusal", refusals())
+def test_refusal_is_what_the_code_says(refusal: str) -> None:
+    assert refusal in {said(node) for _, tree in trees() for node in ast.walk(tree)}
+
+
+def test_all_blockers_are_in_the_table() -> None:
+    whys = [
+        said(node.args[-2])
+        for path, tree in trees()
+        if path.name in ("preflight.py", "conversion.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_blocked"
+    ]
+    assert len(whys) > 10
+    assert [why for why in whys if why not in refusals()] == []
+
+
+# --- what people type -------------------------------------------------------------------------
 
 
 def test_two_commands_are_those_of_ci() -> None:
-    ci = (ROOT / ".ci" / "run").read_text()
-    for command in ("scripts/setup", ".venv/bin/tox", ".venv/bin/pytest example_suite"):
-        assert command in section("Try it")
-        assert command in ci
-    assert "--require-real" in ci
+    given = [block.strip() for block in blocks("") if "scripts/setup" in block]
+    assert given == [
+        "scripts/setup && .venv/bin/pytest example_suite",
+        "scripts/setup && .venv/bin/tox",
+    ]
+    steps = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    for command in given:
+        for step in command.split(" && "):
+            assert step in (line.removesuffix(" --require-real") for line in steps)
 
 
-@pytest.mark.parametrize("block", python_blocks())
+def test_packages_are_those_of_setup() -> None:
+    setup = (ROOT / "scripts" / "setup").read_text()
+    lines = re.findall(r"(?:apt-get|dnf) install ([\w -]+)`", section("Install it"))
+    assert len(lines) == 2
+    for package in " ".join(lines).split():
+        # Debian's unversioned package stands for the one of the Python that setup found
+        name = {"python3-dev": "python$python_minor-dev"}.get(package, package)
+        assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", setup), package
+
+
+def test_versions_are_those_of_the_project() -> None:
+    needs = dict(row[:2] for table in tables("Install it") for row in table)
+    floors = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.M))
+    assert needs["Python"] == f"{PROJECT['requires-python'].removeprefix('>=')} or newer"
+    assert needs["pytest"] == f"{floors['pytest']} or newer"
+    assert needs["libvirt"].startswith(f"{floors['libvirt-python']} to ")
+
+
+@pytest.mark.parametrize("block", blocks("python"))
 def test_python_compiles(block: str) -> None:
     ast.parse(block)
 
 
 def test_smallest_test_runs(pytester: pytest.Pytester) -> None:
-    block = re.search(r"## The smallest test\n```python\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    pytester.makepyfile(block[1])
-    arguments = ["--kvmsnap-uri=test:///default", "--kvmsnap-domain=test"]
-    result = pytester.runpytest(*arguments, f"--kvmsnap-lock-dir={pytester.path / 'locks'}")
+    (block,) = re.findall(r"```python\n(.*?)```", section("The smallest test"), re.DOTALL)
+    (command,) = [line for line in section("The smallest test").splitlines() if "pytest --" in line]
+    locks = pytester.path / "locks"
+    typed = command.replace("qemu:///system", "test:///default").replace(" centos", " test")
+    arguments = [*typed.split()[1:], f"--kvmsnap-lock-dir={locks}", "-Werror"]
+    assert "--kvmsnap-uri" in arguments
+    assert "--kvmsnap-domain" in arguments
+    pytester.makepyfile(block)
+    result = pytester.runpytest_inprocess(*arguments)
     result.assert_outcomes(passed=1)
+    assert list(locks.iterdir()) == []
 
 
-def test_changelog_has_a_place_for_what_comes() -> None:
-    assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text()
+# --- the changelog ----------------------------------------------------------------------------
+
+
+def test_changelog_begins_with_this_version_or_what_comes() -> None:
+    headings = re.findall(r"^## \[?([^\]\s]+)", CHANGELOG, re.MULTILINE)
+    assert headings[0] in ("Unreleased", PROJECT["version"])
+    if len(headings) > 1 and headings[0] == "Unreleased":
+        assert headings[1] == PROJECT["version"]
+
+
+def test_installed_version_is_that_of_the_project() -> None:
+    assert importlib.metadata.version(PROJECT["name"]) == PROJECT["version"]
