@@ -97,6 +97,9 @@ def load(path: Path) -> Journal | None:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(handle) as file:
+            # It says what to delete and to define, and a folder may be open to all users.
+            if os.fstat(handle).st_uid != os.geteuid():
+                raise PermissionError("it belongs to another user")
             return _read(path, json.load(file))
     except FileNotFoundError:
         return None

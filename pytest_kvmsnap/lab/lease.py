@@ -38,7 +38,7 @@ def folder_for(uri: str, configured: Path | None) -> Path:
     folder = configured or (_SHARED if is_shared else private_folder())
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder == _SHARED and folder.stat().st_uid == os.getuid():
+        if folder == _SHARED and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
             folder.chmod(0o1777)  # everyone who may use the host's libvirt makes locks here
         if folder.is_symlink() or not os.access(folder, os.W_OK | os.X_OK):
             raise OSError("it is a symbolic link, or this user may not write there")

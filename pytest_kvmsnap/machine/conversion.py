@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,9 +74,13 @@ def problems(domain: Domain, conversions: list[Conversion], convert: str) -> lis
 
 def _problem(domain: Domain, conversion: Conversion) -> UsageProblem | None:
     raw, qcow2 = conversion.raw, conversion.qcow2
-    if not raw.exists():
+    try:
+        mode = raw.stat().st_mode
+    except PermissionError:
+        return _forbidden(domain, conversion)
+    except OSError:
         return None  # told by the preflight, which looks at all images
-    if not raw.is_file():
+    if not stat.S_ISREG(mode):
         return _blocked(
             domain,
             conversion,
@@ -98,13 +103,18 @@ def _problem(domain: Domain, conversion: Conversion) -> UsageProblem | None:
             "give each domain an image of its own, or convert by hand and change both definitions",
         )
     if not os.access(raw, os.R_OK) or not os.access(raw.parent, os.W_OK):
-        return _blocked(
-            domain,
-            conversion,
-            "this user may not read it, or may not write into its folder",
-            f"run once as a user who may, or: qemu-img convert -f raw -O qcow2 {raw} {qcow2}",
-        )
+        return _forbidden(domain, conversion)
     return None
+
+
+def _forbidden(domain: Domain, conversion: Conversion) -> UsageProblem:
+    return _blocked(
+        domain,
+        conversion,
+        "this user may not read it, or may not write into its folder",
+        "run once as a user who may, or: qemu-img convert -f raw -O qcow2"
+        f" {conversion.raw} {conversion.qcow2}",
+    )
 
 
 def _same_target(domain: Domain, conversion: Conversion) -> UsageProblem:

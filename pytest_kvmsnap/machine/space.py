@@ -1,5 +1,6 @@
 """Room for a snapshot, looked at first: QEMU says "Input/output error" when it runs out."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -42,5 +43,6 @@ def _memory_place(domain: Domain) -> Path | None:
         return None
     for disk in domain.disks():
         if disk.is_snapshotted and disk.path is not None and disk.kind == "file":
-            return disk.path.parent if disk.path.parent.is_dir() else None
+            folder = disk.path.parent
+            return folder if os.access(folder, os.R_OK | os.X_OK) else None
     return None

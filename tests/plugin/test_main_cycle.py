@@ -302,7 +302,7 @@ def test_what_a_test_did_to_the_machine_is_undone(
     suite: "Suite", host: "Host", mischief: str, state: str
 ) -> None:
     domain = host.define(state=state)
-    host.snapshot("of the owner")
+    host.snapshot("of the owner", description="not to be touched")
     uuid, before = domain.UUIDString(), host.looks()
     suite.write(
         f"""
@@ -313,6 +313,7 @@ def test_what_a_test_did_to_the_machine_is_undone(
             assert vm.state == "running"
             assert vm.domain.isPersistent()
             assert not vm.domain.hasManagedSaveImage()
+            assert not vm.domain.autostart()
             assert not [s for s in vm.snapshots() if "mine" in s.name or "child" in s.name]
             assert vm.current_snapshot.name.startswith("kvmsnap-")
         """
@@ -323,6 +324,20 @@ def test_what_a_test_did_to_the_machine_is_undone(
     assert host.looks() == before
     assert host.domain().UUIDString() == uuid
     assert suite.left_over() == []
+
+
+@pytest.mark.parametrize("mischief", UNDONE)
+@pytest.mark.parametrize("live", ["yes", "no"])
+def test_what_the_last_test_did_is_undone_too(
+    suite: "Suite", host: "Host", mischief: str, live: str
+) -> None:
+    """With live=no the way back ends with a machine that is off: a managed save would stay."""
+    host.define()
+    host.snapshot("of the owner", description="not to be touched")
+    before = host.looks()
+    suite.write(f"def test_mischief(vm): {UNDONE[mischief]}")
+    suite.run(f"--kvmsnap-live={live}").assert_outcomes(passed=1)
+    assert host.looks() == before
 
 
 def test_what_a_test_did_is_undone_before_a_snapshot_of_the_same_name_is_taken(

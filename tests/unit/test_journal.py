@@ -174,3 +174,14 @@ def test_the_owner_is_named_for_people() -> None:
     journal.test = "test_x.py::test_y"
     assert journal.owner().endswith(", in test_x.py::test_y")
     assert journal.description() == "pytest-kvmsnap run 1234 on lab1, pid 7"
+
+
+def test_another_users_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to delete and to define, so whoever plants one would have that done by us."""
+    path = tmp_path / "machine.json"
+    Journal(path, "run", "uri", "box", "uuid").save()
+    assert journals.load(path) is not None
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(LeaseError, match="cannot read what an earlier run left") as caught:
+        journals.load(path)
+    assert "belongs to another user" in caught.value.why

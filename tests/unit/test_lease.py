@@ -247,6 +247,16 @@ def test_the_folder_of_system_uris_is_shared_and_sticky(home: Path, uri: str) ->
     assert folders() == [folder, home / ".local/state/pytest-kvmsnap"]
 
 
+def test_the_shared_folder_is_not_opened_up_through_a_link(home: Path) -> None:
+    private = home / "private"
+    private.mkdir(mode=0o700)
+    (home / "run").mkdir(exist_ok=True)
+    (home / "run" / "shared").symlink_to(private)
+    with pytest.raises(LeaseError, match="cannot use .*shared for locks"):
+        folder_for("qemu:///system", None)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+
+
 def test_locks_in_the_shared_folder_can_be_opened_by_everyone(home: Path) -> None:
     lease = Lease.beside(folder_for("qemu:///system", None) / "machine.json")
     umask = os.umask(0o077)
