@@ -252,7 +252,7 @@ def test_the_shared_folder_is_not_opened_up_through_a_link(home: Path) -> None:
     private.mkdir(mode=0o700)
     (home / "run").mkdir(exist_ok=True)
     (home / "run" / "shared").symlink_to(private)
-    with pytest.raises(LeaseError, match="cannot use .*shared for locks"):
+    with pytest.raises(LeaseError, match=r"cannot use .*shared for locks"):
         folder_for("qemu:///system", None)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
 
