@@ -208,10 +208,9 @@ class Domain:
             taken = self.raw.snapshotCreateXML(request, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC)
             return domainxml.snapshot(taken.getXMLDesc())
 
-    def delete_snapshot(self, name: str, *, metadata_only: bool = False) -> None:
-        flags = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY if metadata_only else 0
+    def delete_snapshot(self, name: str) -> None:
         with telling(f"cannot delete the snapshot {name!r}", self.where, SnapshotError):
-            self.raw.snapshotLookupByName(name).delete(flags)
+            self.raw.snapshotLookupByName(name).delete(0)
 
     def redefine_snapshot(self, xml: str, *, current: bool) -> None:
         """Give libvirt back the metadata of a snapshot whose data is in the image."""
