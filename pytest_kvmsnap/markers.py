@@ -8,6 +8,7 @@ import pytest
 
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.settings import Settings
+from pytest_kvmsnap.usage import closure_of, is_ours
 
 
 def kvm_domain(*names: str) -> None:
@@ -25,6 +26,14 @@ def kvm_snapshot(name: str) -> None:
 
 
 MARKERS: tuple[Callable[..., None], ...] = (kvm_domain, kvm_snapshot)
+
+FIXTURES = {
+    "function": "vm",
+    "class": "class_vm",
+    "module": "module_vm",
+    "session": "session_vm",
+}
+_SEEN = {"class": "its class and above", "module": "its module and above", "session": "no test"}
 
 
 def _check_names(*names: object) -> None:
@@ -54,21 +63,24 @@ def signature(marker: Callable[..., None]) -> str:
     return f"{marker.__name__}{call}"
 
 
-def request_of(node: pytest.Item, settings: Settings, parameter: object = None) -> Request:
-    """Return what the markers above a test and the options ask for.
+def request_of(item: pytest.Item, scope: str, settings: Settings) -> Request:
+    """Return what a machine fixture of a scope gets in a test, by markers and options.
 
-    The nearer marker wins and any marker beats the options. `parameter` is the value of an
-    indirect parametrization of `vm`: a domain's name, which beats both.
+    A wider fixture sees the markers of its own node and those above it only. The nearer marker wins
+    and any marker beats the options. The value of an indirect parametrization, a domain's name,
+    beats both; it holds for the narrower fixtures of the test too.
 
     Raises:
         ConfigError: wrong arguments, or no domain is named anywhere.
     """
+    node = node_of(item, scope)
+    parameter = _parameter(item, scope)
     domain = _nearest(node, kvm_domain) or settings.domain
     if parameter is not None:
         if not isinstance(parameter, str) or not parameter.strip():
             raise ConfigError(
                 "a parameter of vm must be a domain's name",
-                where=node.nodeid,
+                where=item.nodeid,
                 why=f"got {parameter!r}",
                 cure='parametrize("vm", ["centos7", "debian12"], indirect=True)',
             )
@@ -76,14 +88,40 @@ def request_of(node: pytest.Item, settings: Settings, parameter: object = None) 
     if domain is None:
         raise ConfigError(
             "no machine is named for a test that asks for one",
-            where=node.nodeid,
+            where=item.nodeid,
+            why=f"{FIXTURES[scope]} sees the markers of {_SEEN[scope]} only"
+            if scope != "function" and _nearest(item, kvm_domain)
+            else "",
             cure='mark it with @pytest.mark.kvm_domain("NAME"), or give --kvmsnap-domain NAME'
             " (ini: kvmsnap_domain)",
         )
     return Request(domain, _nearest(node, kvm_snapshot) or settings.snapshot)
 
 
-def _nearest(node: pytest.Item, marker: Callable[..., None]) -> str | None:
+def node_of(item: pytest.Item, scope: str) -> pytest.Item | pytest.Collector:
+    """Return whose markers a fixture of a scope sees."""
+    node: pytest.Item | pytest.Collector | None = item
+    if scope == "session":
+        node = item.session
+    elif scope == "module":
+        node = item.getparent(pytest.Module)
+    elif scope == "class":
+        node = item.getparent(pytest.Class)
+    return item if node is None else node  # class_vm outside of a class lasts for one test
+
+
+def _parameter(item: pytest.Item, scope: str) -> object:
+    """Return the parameter of our fixture of a scope, or of the next wider one that has any."""
+    parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    ours = {definition.argname for definition in closure_of(item) if is_ours(definition)}
+    scopes = list(FIXTURES)
+    for wider in scopes[scopes.index(scope) :]:
+        if FIXTURES[wider] in parameters and FIXTURES[wider] in ours:
+            return parameters[FIXTURES[wider]]
+    return None
+
+
+def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> str | None:
     for holder, mark in node.iter_markers_with_node(marker.__name__):
         try:
             bound = inspect.signature(marker).bind(*mark.args, **mark.kwargs)

@@ -8,7 +8,7 @@ import pytest
 from _pytest.main import wrap_session
 from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
 
-from pytest_kvmsnap import hooks, markers, run, xdist
+from pytest_kvmsnap import hooks, markers, run, states, xdist
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
@@ -94,11 +94,12 @@ def pytest_testnodedown(node: object) -> None:
 
 
 def _check_machines(session: pytest.Session) -> None:
-    if not _will_run_nothing(session):
-        run.check_machines(
-            session.config,
-            [item for item in session.items if uses_our_machine(item) and _will_run(item)],
-        )
+    if _will_run_nothing(session):
+        return
+    items = [item for item in session.items if uses_our_machine(item) and _will_run(item)]
+    if items:
+        run.check_machines(session.config, items)
+        states.states_of(session.config)
 
 
 @contextlib.contextmanager

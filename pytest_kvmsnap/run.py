@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kvmsnap import markers, settings, xdist
+from pytest_kvmsnap import settings, xdist
 from pytest_kvmsnap.errors import ConfigError, KvmsnapError, UsageProblem, merged
+from pytest_kvmsnap.markers import Request, request_of
 from pytest_kvmsnap.settings import OPTIONS, Settings
+from pytest_kvmsnap.usage import closure_of, is_ours
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.lab.lab import Lab, Voice
-    from pytest_kvmsnap.vm import VM
 
 _SETTINGS = pytest.StashKey[Settings]()
 _LAB = pytest.StashKey["Lab"]()
@@ -91,22 +92,7 @@ def voice(config: pytest.Config) -> "Voice":
 
 
 @contextlib.contextmanager
-def clean_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
-    """Give the machine that a fixture request asks for; errors are told without a traceback."""
-    config = request.config
-    with contextlib.ExitStack() as stack:
-        with _told():
-            wanted = markers.request_of(
-                request.node, settings_of(config), getattr(request, "param", None)
-            )
-            vm = stack.enter_context(lab_of(config).clean_machine(wanted, request.node.nodeid))
-        yield vm
-        with _told():
-            stack.close()
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """End the test with the message of an error of ours, which says it all."""
     try:
         yield
@@ -120,21 +106,21 @@ def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     Raises:
         UsageProblem: something stands in the way.
     """
-    if items:
-        xdist.refuse_several_workers(config)
-        requests = _requests_of(items, settings_of(config))
-        lab_of(config).check(requests)
+    xdist.refuse_several_workers(config)
+    requests = _requests_of(items, settings_of(config))
+    lab_of(config).check(requests)
 
 
-def _requests_of(items: Sequence[pytest.Item], run_settings: Settings) -> list[markers.Request]:
+def _requests_of(items: Sequence[pytest.Item], run_settings: Settings) -> list[Request]:
     problems: dict[str, UsageProblem] = {}
     requests = []
     for item in items:
-        parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
-        try:
-            requests.append(markers.request_of(item, run_settings, parameters.get("vm")))
-        except ConfigError as problem:
-            problems.setdefault(str(problem), problem)
+        closure = closure_of(item)
+        for definition in filter(is_ours, closure):
+            try:
+                requests.append(request_of(item, definition.scope, run_settings))
+            except ConfigError as problem:
+                problems.setdefault(str(problem), problem)
     if problems:
         raise merged(list(problems.values()))
     return requests

@@ -1,33 +1,85 @@
-"""Whether a test uses a machine of ours: by the definitions in its closure, not by names."""
+"""Which machines a test uses: by the fixture definitions in its closure, not by names.
 
-from typing import TYPE_CHECKING
+Other suites have a fixture or a parameter `vm` too; theirs is not ours, unless it wraps ours. What
+a test asks for by `getfixturevalue` cannot be seen here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
 if TYPE_CHECKING:
     from _pytest.fixtures import FixtureDef
 
+    Definition: TypeAlias = FixtureDef[Any]
+    Closure: TypeAlias = Mapping[Definition, frozenset[Definition]]
+
 _OURS = "pytest_kvmsnap.fixtures"
 
 
+def is_ours(definition: "Definition") -> bool:
+    return getattr(definition.func, "__module__", None) == _OURS
+
+
 def uses_our_machine(item: pytest.Item) -> bool:
-    """Tell whether one of our fixtures is in the closure of a test.
+    """Tell whether one of our fixtures is in the closure of a test."""
+    return any(closure_of(item).values())
 
-    Other suites have a fixture or a parameter `vm` too; theirs is not ours, unless it wraps ours.
-    What a test asks for by `getfixturevalue` cannot be seen here.
+
+def closure_of(item: pytest.Item) -> "Closure":
+    """Return the fixtures of a test, in the order of their set-up, with ours that each asks for.
+
+    What a fixture asks for through others counts too.
     """
-    info = getattr(item, "_fixtureinfo", None)  # doctest items and other collectors have none
-    if info is None:
-        return False
-    definitions = info.name2fixturedefs
-    return any(_is_ours_used(name, definitions[name]) for name in definitions)
+    walk = _Walk(item)
+    for name in getattr(item, "fixturenames", ()):  # doctests of pytest before 8 have none
+        walk.visit(name, ())
+    return walk.found
 
 
-def _is_ours_used(name: str, chain: "tuple[FixtureDef[object], ...]") -> bool:
-    """Follow the overrides of a fixture from the nearest on, as far as each asks for the next."""
-    for definition in reversed(chain):
-        if definition.func.__module__ == _OURS:
-            return True
-        if name not in definition.argnames:
-            return False
-    return False
+def asked_for_by(item: pytest.Item, definition: "Definition") -> "frozenset[Definition]":
+    """Return our fixtures that a fixture of a test asks for, itself or through others."""
+    walk = _Walk(item)
+    levels = walk.definitions(definition.argname)
+    depth = len(levels) - levels.index(definition) if definition in levels else 1
+    return walk.visit(definition.argname, (definition.argname,) * (depth - 1))
+
+
+class _Walk:
+    def __init__(self, item: pytest.Item) -> None:
+        self.found: dict[Definition, frozenset[Definition]] = {}
+        self._item = item
+        info = getattr(item, "_fixtureinfo", None)  # other collectors' items have none
+        self._by_name: dict[str, Sequence[Definition]] = info.name2fixturedefs if info else {}
+
+    def definitions(self, name: str) -> "Sequence[Definition]":
+        """Return the definitions of a name that the test can see, the nearest last.
+
+        pytest 8.2 does not list what only an overridden fixture asks for, so it is asked.
+        """
+        if name in self._by_name:
+            return self._by_name[name]
+        manager: Any = self._item.session._fixturemanager
+        return manager.getfixturedefs(name, self._item) or ()
+
+    def visit(self, name: str, path: tuple[str, ...]) -> "frozenset[Definition]":
+        """Note a fixture and all that it asks for; `path` are the fixtures that led to it.
+
+        A fixture that asks for its own name gets the definition that it overrides.
+        """
+        levels = self.definitions(name)
+        depth = 1 + path.count(name)
+        if depth > len(levels):
+            return frozenset()
+        definition = levels[-depth]
+        if definition not in self.found:
+            ours = (
+                frozenset({definition})
+                if is_ours(definition)
+                else frozenset().union(
+                    *(self.visit(asked, (*path, name)) for asked in definition.argnames)
+                )
+            )
+            self.found[definition] = ours
+        return self.found[definition]

@@ -5,7 +5,7 @@ import itertools
 import os
 import secrets
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
@@ -16,6 +16,8 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot
 from pytest_kvmsnap.machine.images import Disk
 from pytest_kvmsnap.machine.libvirt_api import libvirt
+
+_NUMBERS = itertools.count(1)  # of snapshots without a name, over all objects of this process
 
 
 class VM:
@@ -35,20 +37,31 @@ class VM:
         ready_timeout: float,
         revert_timeout: float,
         description: str,
+        on_use: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = domain.name
         self.uuid = domain.uuid
         self.uri = domain.hypervisor.uri
-        self._domain = domain
-        self._agent = Agent(domain)
+        self._used_domain = domain
+        self._used_agent = Agent(domain)
         self._ready = ready
         self._ready_timeout = ready_timeout
         self._revert_timeout = revert_timeout
         self._description = description
-        self._numbers = itertools.count(1)
+        self._on_use = on_use
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} at {self.uri}>"
+
+    @property
+    def _domain(self) -> Domain:
+        self._on_use()
+        return self._used_domain
+
+    @property
+    def _agent(self) -> Agent:
+        self._on_use()
+        return self._used_agent
 
     # power
 
@@ -93,7 +106,7 @@ class VM:
 
     def snapshot(self, name: str | None = None) -> Snapshot:
         """Take a snapshot, with the memory when the machine runs; gone after the test."""
-        chosen = name or f"kvmsnap-test-{os.getpid()}-{next(self._numbers)}"
+        chosen = name or f"kvmsnap-test-{os.getpid()}-{next(_NUMBERS)}"
         if chosen.startswith(".") or "/" in chosen:
             # the test driver accepts such names, QEMU does not
             raise ConfigError(

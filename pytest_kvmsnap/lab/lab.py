@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from pytest_kvmsnap.lab import cleanup
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease, folder_for, folders
 from pytest_kvmsnap.lab.machine import Machine
+from pytest_kvmsnap.lab.savepoints import Savepoints
 from pytest_kvmsnap.machine import conversion, preflight
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 from pytest_kvmsnap.markers import Request
 from pytest_kvmsnap.settings import Settings
-from pytest_kvmsnap.vm import VM
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class Voice:
 
 
 class _Held(NamedTuple):
-    machine: Machine
+    savepoints: Savepoints
     lease: Lease
+
+    @property
+    def machine(self) -> Machine:
+        return self.savepoints.machine
 
 
 class Lab:
@@ -122,18 +126,12 @@ class Lab:
 
     # for a test
 
-    @contextlib.contextmanager
-    def clean_machine(self, request: Request, test: str) -> Iterator[VM]:
-        """Give a machine in the state that was asked for, and put it back afterwards.
+    def savepoints(self, request: Request) -> Savepoints:
+        """Return the states of the machine that was asked for, which is ours from now on.
 
         Raises:
-            KvmsnapError: there is no such machine, it cannot be had, or it failed.
+            KvmsnapError: there is no such machine, it cannot be had, or something is in the way.
         """
-        machine = self._machine(request)
-        yield machine.prepare(request.snapshot, test)
-        machine.undo()
-
-    def _machine(self, request: Request) -> Machine:
         domain = self._domain(request.domain)
         if domain.uuid not in self._held:
             lease = self._lease(domain)
@@ -144,13 +142,23 @@ class Lab:
             except BaseException:
                 lease.release()
                 raise
-            self._held[domain.uuid] = _Held(machine, lease)
+            self._held[domain.uuid] = _Held(Savepoints(machine), lease)
         elif request not in self._checked and request.snapshot:
             problem = preflight.snapshot_problem(domain, request.snapshot)
             if problem is not None:
                 raise problem
             self._checked.add(request)
-        return self._held[domain.uuid].machine
+        return self._held[domain.uuid].savepoints
+
+    def settle(self) -> list[KvmsnapError]:
+        """Undo at once what fixtures that are torn down did; return what went wrong with that."""
+        failures = []
+        for held in self._held.values():
+            try:
+                held.savepoints.settle()
+            except KvmsnapError as error:
+                failures.append(error)
+        return failures
 
     def _check_late(self, domain: Domain, lease: Lease, request: Request) -> None:
         """Check a machine that could not be checked before the first test.

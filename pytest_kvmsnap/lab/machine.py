@@ -1,6 +1,10 @@
-"""A leased machine: the state that tests start from, and the way back to it with its proof."""
+"""A leased machine: going to a snapshot, keeping one, and the way back with its proof."""
 
+import contextlib
+import itertools
 import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pytest_kvmsnap.errors import (
@@ -47,8 +51,9 @@ class Machine:
         self._found = restore.look(domain)
         self._states = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
         self._baseline: str | None = None
-        self._start = ""
+        self._numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(1))
         self._stand: _Stand | None = None
+        self._user = ""  # the test that used the machine last
         self._marked: Canary | None = None
         self._failure: KvmsnapError | None = None
         if self._found.state not in ("running", "paused", "shut off"):
@@ -60,61 +65,111 @@ class Machine:
         journal.found = self._found
         journal.save()
 
-    # what tests see
+    @property
+    def has_failed(self) -> bool:
+        """Whether the machine is in quarantine."""
+        return self._failure is not None
 
-    def prepare(self, snapshot: str | None, test: str) -> VM:
-        """Bring the machine into the state that a test starts from: running, ready and clean.
-
-        `snapshot` is an existing one, None the baseline.
-
-        Raises:
-            QuarantinedError: the machine failed before.
-            MachineError: it cannot be brought there; it is in quarantine from now on.
-        """
-        if self._failure is not None:
-            raise QuarantinedError(
-                "the machine is in quarantine, since it failed before",
-                where=self.domain.where,
-                why=str(self._failure),
-            )
-        if snapshot is not None and snapshot not in self._states:
-            raise SnapshotNotFoundError(
-                f"the snapshot {snapshot!r} was made after this run took the machine",
-                where=self.domain.where,
-                cure="start the run again",
-            )
-        self._journal.test = test
-        self._journal.save()
-        try:
-            found = self._found_snapshot()
-            self._start = snapshot if snapshot is not None else self._baseline_from(found)
-            if not self._stands_at(self._start):
-                self._revert(self._start)
-            self._bring_up()
-        except KvmsnapError as error:
-            self._failure = error
-            raise
+    def vm(self, on_use: Callable[[], None]) -> VM:
+        """Return the machine as tests and fixtures hold it; `on_use` is called at each use."""
         return VM(
             self.domain,
             ready=self._ready,
             ready_timeout=self._settings.ready_timeout,
             revert_timeout=self._settings.revert_timeout,
             description=self._journal.description(),
+            on_use=on_use,
         )
 
-    def undo(self) -> None:
-        """Put the machine back after a test, with force, and prove it.
+    def used_by(self, test: str) -> None:
+        """Note for which test the machine is worked on, for people who wait for it."""
+        if self._journal.test != test:
+            self._journal.test = test
+            self._journal.save()
+
+    # the way to a state
+
+    def start(self, snapshot: str | None) -> str:
+        """Return the snapshot that tests start from: an existing one, or (None) the baseline.
+
+        Raises:
+            QuarantinedError: the machine failed before.
+            MachineError: the baseline cannot be had; the machine is in quarantine from now on.
+        """
+        if snapshot is not None and snapshot not in self._states:
+            raise SnapshotNotFoundError(
+                f"the snapshot {snapshot!r} was made after this run took the machine",
+                where=self.domain.where,
+                cure="start the run again",
+            )
+        with self._in_quarantine_if_it_fails():
+            found = self._found_snapshot()
+            return snapshot if snapshot is not None else self._baseline_from(found)
+
+    def go(self, snapshot: str, *, as_kept: bool = False) -> None:
+        """Bring the machine to a snapshot of it.
+
+        It is running and ready then, or, with `as_kept`, in the power state that was kept.
+
+        Raises:
+            QuarantinedError: the machine failed before.
+            MachineError: it cannot be brought there; it is in quarantine from now on.
+        """
+        with self._in_quarantine_if_it_fails():
+            if not self._stands_at(snapshot):
+                self._revert(snapshot)
+            if not as_kept:
+                self._bring_up()
+
+    def back(self, snapshot: str) -> None:
+        """Put the machine back after a use of it, with force, and prove it.
 
         Raises:
             RevertError: it failed or could not be proven; the machine is in quarantine now.
         """
+        with self._in_quarantine_if_it_fails():
+            self._revert(snapshot)
+
+    def touched(self) -> None:
+        """Note that somebody used the machine, who may have changed what cannot be seen outside."""
+        self._stand = None
+        self._user = self._journal.test
+
+    # snapshots of ours
+
+    def keep(self, label: str) -> tuple[str, ...]:
+        """Keep the machine as a preparation left it: ready, or (live=no) shut down.
+
+        Returns the name of the new snapshot and of those that the preparation took itself.
+
+        Raises:
+            MachineError: it did not get ready, or the snapshot could not be taken.
+        """
+        if self.domain.state() == "running":
+            wait_ready(self.domain, self._ready, self._settings.ready_timeout)
+            if self._settings.live:
+                self._plant()
+            else:
+                self.domain.shutdown(_SHUTDOWN)
+        return self.keep_as_it_is(label)
+
+    def keep_as_it_is(self, label: str) -> tuple[str, ...]:
+        """Keep the machine as it is now; like `keep`."""
+        number = next(self._numbers[label])
+        name = f"kvmsnap-{label}{number if number > 1 else ''}-{self._journal.run}"
+        theirs = self._adopt()
         try:
-            is_marked = self._revert(self._start)
-        except KvmsnapError as error:
-            self._failure = error
+            self._take(name)
+        except KvmsnapError:
+            self.forget(theirs)
             raise
-        if self._takes_marks() and not is_marked:
-            self.unproven.append(self._journal.test)
+        return (name, *theirs)
+
+    def forget(self, snapshots: tuple[str, ...]) -> None:
+        """Let go of snapshots that serve no more; the next revert deletes them."""
+        for name in snapshots:
+            self._states.pop(name, None)
+            self._journal.taken.pop(name, None)
 
     def close(self) -> None:
         """Leave the machine as it was found.
@@ -132,7 +187,21 @@ class Machine:
             at=goal if goal is not None and self._stands_at(goal) else None,
         )
 
-    # the states that tests start from
+    @contextlib.contextmanager
+    def _in_quarantine_if_it_fails(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise QuarantinedError(
+                "the machine is in quarantine, since it failed before",
+                where=self.domain.where,
+                why=str(self._failure),
+            )
+        try:
+            yield
+        except KvmsnapError as error:
+            self._failure = error
+            raise
+
+    # the states that everything starts from
 
     def _found_snapshot(self) -> str:
         """Return the snapshot to go back to at the end, taken when there is none."""
@@ -159,14 +228,8 @@ class Machine:
         if not self._stands_at(found):
             self._revert(found)
         self._bring_up()
-        if self._settings.live:
-            self._plant()
-        else:
-            self.domain.shutdown(_SHUTDOWN)
-        name = f"kvmsnap-base-{self._journal.run}"
-        self._take(name)
-        self._baseline = name
-        return name
+        self._baseline, *_ = self.keep("base")
+        return self._baseline
 
     def _take(self, name: str) -> None:
         """Take a snapshot of ours, announced in the journal first."""
@@ -182,6 +245,15 @@ class Machine:
         self._journal.save()
         self._stand = _Stand(name, self.domain.fingerprint())
 
+    def _adopt(self) -> tuple[str, ...]:
+        """Return the snapshots that somebody took by `VM.snapshot`, which are known from now on."""
+        unknown = [s for s in self.domain.snapshots() if s.name not in self._states]
+        for snapshot in unknown:
+            self._states[snapshot.name] = snapshot.state
+        xmls = self.domain.snapshot_xmls() if unknown else {}
+        self._journal.taken |= {snapshot.name: xmls[snapshot.name] for snapshot in unknown}
+        return tuple(snapshot.name for snapshot in unknown)
+
     def _stands_at(self, snapshot: str) -> bool:
         """Tell whether we put the machine there and nobody touched it since."""
         stand = self._stand
@@ -190,8 +262,7 @@ class Machine:
         return self.domain.fingerprint() == stand.fingerprint
 
     def _bring_up(self) -> None:
-        """Make the machine run and wait until it is ready; it may be anywhere from now on."""
-        self._stand = None
+        """Make the machine run and wait until it is ready."""
         state = self.domain.state()
         if state == "running":
             return
@@ -199,6 +270,7 @@ class Machine:
             self.domain.resume()
         else:
             self.domain.start()
+        self._stand = None
         self._arrive()
 
     def _arrive(self) -> None:
@@ -209,7 +281,7 @@ class Machine:
         marked, self._marked = self._marked, None
         left = marked.look() if marked is not None else ""
         if left is None:
-            self.unproven.append(self._journal.test)
+            self.unproven.append(self._user)
         elif left:
             raise RevertError(
                 "the revert did not bring the machine back",
@@ -220,18 +292,19 @@ class Machine:
 
     # the way back
 
-    def _revert(self, snapshot: str) -> bool:
-        """Revert with force and prove it; tell whether the guest took marks for the proof."""
+    def _revert(self, snapshot: str) -> None:
+        """Revert with force and prove it."""
+        is_used = self._stand is None
         self._stand = None
         self._marked = self._mark()
-        is_marked = self._marked is not None
+        if is_used and self._marked is None and self._takes_marks():
+            self.unproven.append(self._user)
         restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
         restore.delete_unknown(self.domain, set(self._states))
         self._check_state(snapshot)
         if self._states[snapshot] == "running":
             self._arrive()
         self._stand = _Stand(snapshot, self.domain.fingerprint())
-        return is_marked
 
     def _plant(self) -> None:
         """Allocate the canary's block before a snapshot is taken."""

@@ -6,6 +6,8 @@ from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.markers import MARKERS, Request, marker_lines, request_of, signature
 from pytest_kvmsnap.settings import Settings
 
+NONE = object()
+
 
 @pytest.fixture
 def test_of(pytester: pytest.Pytester) -> "ItemOf":
@@ -22,9 +24,13 @@ class ItemOf:
         return self._pytester.getitem(f"import pytest\n{source}", "test_it")
 
     def request(
-        self, source: str, settings: Settings | None = None, parameter: object = None
+        self, source: str, settings: Settings | None = None, parameter: object = NONE
     ) -> Request:
-        return request_of(self(source), settings or Settings(), parameter)
+        if parameter is not NONE:
+            mark = f"@pytest.mark.parametrize('vm', [{parameter!r}], ids=[''], indirect=True)"
+            source = f"{mark}\n{source}".replace("test_it()", "test_it(vm)")
+        item, *_ = self._pytester.getitems(f"import pytest\n{source}")
+        return request_of(item, "function", settings or Settings())
 
 
 def marked(*markers: str) -> str:
@@ -90,7 +96,7 @@ def test_a_wrong_parameter_is_told(test_of: ItemOf, parameter: object) -> None:
     with pytest.raises(ConfigError) as caught:
         test_of.request(marked(), OPTIONS, parameter)
     assert caught.value.why == f"got {parameter!r}"
-    assert caught.value.where.endswith("::test_it")
+    assert caught.value.where.endswith("::test_it[]")
     assert "indirect=True" in caught.value.cure
 
 

@@ -1,0 +1,185 @@
+"""The tree of a machine's states: where tests start, and what preparations added to that.
+
+A *state* is kept as a snapshot. The roots are the machine's baseline and snapshots of its owner;
+each preparation adds a state below the one that it was made from. A *line* is how the machine goes
+on from a state in tests that hold it for longer than themselves: nothing is undone between them,
+so a line that is left for another state is kept as a snapshot too, and comes back.
+"""
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from pytest_kvmsnap.errors import KvmsnapError
+from pytest_kvmsnap.lab.machine import Machine
+
+
+@dataclass(eq=False)
+class State:
+    """A state that tests and preparations start from.
+
+    `snapshots` are those that hold it: first the one to go to, then those that its preparation took
+    itself. `above` is the state that it was made from, None for a root.
+    """
+
+    snapshots: tuple[str, ...]
+    above: "State | None" = None
+
+    @property
+    def snapshot(self) -> str:
+        return self.snapshots[0]
+
+    def is_on(self, other: "State") -> bool:
+        """Tell whether it is another state, or was made from it, however indirectly."""
+        return self is other or (self.above is not None and self.above.is_on(other))
+
+    def is_right_on(self, other: "State | None") -> bool:
+        """Tell whether it was made from just this state; None stands for a root."""
+        if other is None:
+            return self.above is not None and self.above.above is None
+        return self.above is other
+
+
+@dataclass(eq=False)
+class _Line:
+    """`head` are the snapshots that hold it while the machine is elsewhere."""
+
+    state: State
+    holder: Hashable
+    head: tuple[str, ...] = ()
+    lost: KvmsnapError | None = None
+
+
+class Savepoints:
+    """The states of one machine, and which of them it is at.
+
+    Whoever is here may have changed the machine, so that going elsewhere is a revert.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._roots: dict[str, State] = {}
+        self._lines: list[_Line] = []
+        self._line: _Line | None = None  # the one that the machine is on
+        self._at: State | None = None  # the state that the machine was last at or goes on from
+        self._is_owing = False  # what was done since then is to be undone
+
+    def root(self, snapshot: str | None) -> State:
+        """Return the state of the baseline, or of an existing snapshot.
+
+        Raises:
+            MachineError: the baseline cannot be had.
+        """
+        name = self.machine.start(snapshot)
+        return self._roots.setdefault(name, State((name,)))
+
+    def start(self, state: State) -> None:
+        """Bring the machine to a state, running and ready, for a test or a preparation.
+
+        Raises:
+            MachineError: that failed.
+        """
+        self._leave_line()
+        self.machine.go(state.snapshot)
+        self.machine.touched()
+        self._at, self._is_owing = state, False
+
+    def undo(self, state: State) -> None:
+        """Put the machine back to where a test started.
+
+        Raises:
+            RevertError: that failed.
+        """
+        self.machine.back(state.snapshot)
+        self._at, self._is_owing = state, False
+
+    # preparations
+
+    def keep(self, above: State, name: str) -> State:
+        """Keep what a preparation made of the state above as a state of its own.
+
+        Raises:
+            MachineError: the machine did not get ready, or the snapshot could not be taken.
+        """
+        label = re.sub(r"\W", "_", name, flags=re.ASCII)[:60]
+        self._at = State(self.machine.keep(label), above)
+        return self._at
+
+    def give_up(self, above: State) -> None:
+        """Note that a preparation failed: what it did is to be undone."""
+        self._at, self._is_owing = above, True
+
+    def resume(self, state: State) -> None:
+        """Bring the machine to where a state was left, for what tears its preparation down.
+
+        Raises:
+            MachineError: that failed.
+        """
+        lines = [line for line in self._lines if line.state is state]
+        if lines:
+            self.go_on(state, lines[-1].holder)
+        else:
+            self.start(state)
+
+    def drop(self, state: State) -> None:
+        """Let go of a state whose preparation is torn down, or of a line's."""
+        self._drop_lines([line for line in self._lines if line.state is state])
+        self.machine.forget(state.snapshots)
+        if self._at is state:
+            self._at, self._is_owing = state.above, True
+
+    # lines
+
+    def go_on(self, state: State, holder: Hashable) -> None:
+        """Bring the machine to the line of a holder from a state; a new line starts at the state.
+
+        Raises:
+            MachineError: that failed, or the line could not be kept when it was left.
+        """
+        line = next((x for x in self._lines if (x.state, x.holder) == (state, holder)), None)
+        if line is None:
+            line = _Line(state, holder)
+            self._lines.append(line)
+        if line.lost is not None:
+            raise line.lost
+        if self._line is line:
+            return
+        self._leave_line()
+        if line.head:
+            self.machine.go(line.head[0], as_kept=True)
+        else:
+            self.machine.go(state.snapshot)
+        self.machine.touched()
+        self._line, self._at, self._is_owing = line, state, False
+
+    def end(self, holder: Hashable) -> None:
+        """Let go of the lines of a holder, whose scope has ended."""
+        self._drop_lines([line for line in self._lines if line.holder == holder])
+
+    def settle(self) -> None:
+        """Undo at once what was let go of, rather than when the machine is needed elsewhere.
+
+        Raises:
+            RevertError: that failed.
+        """
+        if self._is_owing and self._at is not None and not self.machine.has_failed:
+            self.undo(self._at)
+
+    def _leave_line(self) -> None:
+        line, self._line = self._line, None
+        if line is None:
+            return
+        try:
+            kept = self.machine.keep_as_it_is("held")
+        except KvmsnapError as error:  # of no concern to the test that comes in between
+            line.lost = error
+        else:
+            self.machine.forget(line.head[:1])
+            line.head = kept + line.head[1:]
+
+    def _drop_lines(self, lines: list[_Line]) -> None:
+        for line in lines:
+            self._lines.remove(line)
+            self.machine.forget(line.head)
+            if self._line is line:
+                self._line, self._is_owing = None, True

@@ -1,0 +1,406 @@
+"""Which state of its machine each test starts from.
+
+pytest's fixtures are on one side, the savepoints of machines on the other. A *preparation* is a
+class, module or session fixture that asks for `class_vm`, `module_vm` or `session_vm`, itself or
+through others. Each makes a state of its own, on top of the states of the preparations that its
+test has before it. pytest sets it up once for its scope, so one that was made on other states than
+those of a test is torn down first, and made anew.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kvmsnap import run
+from pytest_kvmsnap.errors import ConfigError
+from pytest_kvmsnap.markers import FIXTURES, Request, node_of, request_of
+from pytest_kvmsnap.usage import asked_for_by, closure_of, is_ours
+
+if TYPE_CHECKING:
+    from pytest_kvmsnap.lab.savepoints import Savepoints, State
+    from pytest_kvmsnap.usage import Definition
+    from pytest_kvmsnap.vm import VM
+
+_STATES = pytest.StashKey["_States"]()
+_COURSE = pytest.StashKey["_Course"]()
+
+
+def clean_machine(request: pytest.FixtureRequest) -> "VM":
+    """Give a test its machine, clean; it is put back when the test is torn down."""
+    with run.told():
+        return states_of(request.config).clean_machine(_item_of(request))
+
+
+@contextlib.contextmanager
+def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
+    """Give a wide fixture its machine; what is done with it is undone at the fixture's end."""
+    states = states_of(request.config)
+    with run.told():
+        _refuse_hidden_preparation(request)
+        wanted = states.request(_item_of(request), request.scope)
+        savepoints = run.lab_of(request.config).savepoints(wanted)
+    holder = (request.scope, request.node)
+    states.holders.add(holder)
+    yield savepoints.machine.vm(partial(states.used, savepoints, wanted, holder))
+    states.holders.discard(holder)
+    savepoints.end(holder)
+
+
+def states_of(config: pytest.Config) -> "_States":
+    """Return the states of this run, which listens to pytest from the first call on."""
+    if _STATES not in config.stash:
+        config.stash[_STATES] = states = _States(config)
+        config.pluginmanager.register(states, "kvmsnap-states")
+    return config.stash[_STATES]
+
+
+def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
+    item: pytest.Item = request._pyfuncitem  # a wide fixture has no other way to its test
+    return item
+
+
+def _course_of(item: pytest.Item) -> "_Course":
+    return item.stash.setdefault(_COURSE, _Course(is_in_test=True))  # else we saw its set-up
+
+
+def _active(item: pytest.Item) -> "list[Definition]":
+    """Return the fixtures that a test uses so far, `getfixturevalue` included."""
+    request: Any = getattr(item, "_request", None)
+    return list(request._fixture_defs.values()) if request is not None else []
+
+
+def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
+    """Refuse a wide fixture that asks for ours by `getfixturevalue`: the next time nobody sees it.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    item: pytest.Item = _item_of(request)
+    ours: Definition = request._fixturedef  # type: ignore[attr-defined]
+    for asking in request._iter_chain():
+        definition = getattr(asking, "_fixturedef", None)
+        if definition is None or definition is ours or definition.scope == "function":
+            continue
+        if ours not in asked_for_by(item, definition):
+            raise _hidden(definition.argname, ours.argname)
+
+
+def _hidden(preparation: str, ours: str) -> ConfigError:
+    return ConfigError(
+        f"the fixture {preparation!r} uses the machine of {ours!r} without naming it",
+        why="what it does to the machine could be neither kept for its tests nor undone",
+        cure=f"name {ours} among the arguments of {preparation}",
+    )
+
+
+Holder = tuple[str, object]  # the scope and the node of a wide fixture
+
+
+@dataclass
+class _Course:
+    """What has happened in a test so far.
+
+    `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
+    machines that `vm` gave, `entered` the domains that were brought to where the test starts.
+    """
+
+    is_in_test: bool = False
+    vms: "dict[Request, VM]" = field(default_factory=dict)
+    entered: set[str] = field(default_factory=set)
+
+
+class _States:
+    def __init__(self, config: pytest.Config) -> None:
+        self.holders: set[Holder] = set()  # the wide fixtures that are set up
+        self._config = config
+        self._made: dict[Definition, dict[Request, State]] = {}
+        self._being_made: list[tuple[str, set[Savepoints]]] = []
+        self._item: pytest.Item | None = None
+
+    # pytest's hooks
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        self._item = item
+        item.stash[_COURSE] = _Course()
+        with run.told():
+            self._unmake_what_does_not_fit(item)
+        result = yield
+        with run.told():
+            self._enter(item)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: "Definition", request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        item = _item_of(request)
+        if fixturedef.scope == "function":
+            with _unset_on_error(fixturedef, request):
+                self._enter(item)
+            return (yield)
+        if is_ours(fixturedef):
+            return (yield)
+        with self._preparation(fixturedef, request, item):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        _course_of(item).is_in_test = False
+        lab = run.lab_of(self._config)
+        try:
+            result = yield
+        except BaseException:
+            lab.settle()  # what fails here is told to the next who needs the machine
+            raise
+        with run.told():
+            for failure in lab.settle():
+                raise failure
+        return result
+
+    # what a test starts from
+
+    def request(self, item: pytest.Item, scope: str) -> Request:
+        return request_of(item, scope, run.settings_of(self._config))
+
+    def _savepoints(self, request: Request) -> "Savepoints":
+        return run.lab_of(self._config).savepoints(request)
+
+    def clean_machine(self, item: pytest.Item) -> "VM":
+        request = self.request(item, "function")
+        course = _course_of(item)
+        if request not in course.vms:
+            self._start_clean(item, request)
+        return course.vms[request]
+
+    def used(self, savepoints: "Savepoints", request: Request, holder: Holder) -> None:
+        """Note a use of the machine of a wide fixture, and bring it to where it is used.
+
+        Mostly it is there already. It is not when a test asked for it by `getfixturevalue`.
+
+        Raises:
+            ConfigError: a fixture uses it without asking for it.
+        """
+        savepoints.machine.touched()
+        if self._being_made:
+            name, machines = self._being_made[-1]
+            if savepoints not in machines:
+                raise _hidden(name, FIXTURES[holder[0]])
+        elif self._item is not None and holder in self.holders:
+            course = _course_of(self._item)
+            if course.is_in_test and request.domain not in course.entered:
+                self._hold(self._item, request, holder)
+
+    def _enter(self, item: pytest.Item) -> None:
+        """Bring the machines that wide fixtures hold to where the test starts.
+
+        To be called when these are set up, before a fixture of the test itself uses the machine.
+        """
+        course = _course_of(item)
+        if course.is_in_test:
+            return
+        course.is_in_test = True
+        scopes = {definition.scope for definition in closure_of(item) if is_ours(definition)}
+        wide = {self.request(item, scope).domain for scope in scopes - {"function"}}
+        for request, scope in self._by_machine(item, scopes).items():
+            if scope != "function":
+                self._hold(item, request, (scope, node_of(item, scope)))
+            elif request.domain in wide:  # else `vm` brings it there itself
+                self._start_clean(item, request)
+
+    def _start_clean(self, item: pytest.Item, request: Request) -> None:
+        savepoints, state = self._savepoints(request), self._state(item, request)
+        savepoints.machine.used_by(item.nodeid)
+        savepoints.start(state)
+        course = _course_of(item)
+        course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
+        course.entered.add(request.domain)
+
+        def undo() -> None:
+            del course.vms[request]
+            with run.told():
+                savepoints.undo(state)
+
+        item.addfinalizer(undo)
+
+    def _hold(self, item: pytest.Item, request: Request, holder: Holder) -> None:
+        savepoints, state = self._savepoints(request), self._state(item, request)
+        savepoints.machine.used_by(item.nodeid)
+        savepoints.go_on(state, holder)
+        _course_of(item).entered.add(request.domain)
+
+    def _by_machine(self, item: pytest.Item, scopes: Iterable[str]) -> dict[Request, str]:
+        """Return what our fixtures of these scopes come to: for each machine the narrowest one."""
+        narrowest: dict[str, tuple[Request, str]] = {}
+        for scope in FIXTURES:
+            if scope in scopes:
+                request = self.request(item, scope)
+                narrowest.setdefault(request.domain, (request, scope))
+        return dict(narrowest.values())
+
+    def _state(self, item: pytest.Item, request: Request) -> "State":
+        """Return the innermost state that the test's own fixtures made, else the machine's root.
+
+        Raises:
+            ConfigError: they were made on different states (`getfixturevalue` leads there).
+        """
+        state = self._savepoints(request).root(request.snapshot)
+        for definition in _active(item):
+            made = self._made.get(definition, {}).get(request)
+            if made is None or state.is_on(made):
+                continue
+            if not made.is_on(state):
+                raise ConfigError(
+                    f"the fixture {definition.argname!r} was made for other tests, on a machine"
+                    " in another state than this test's",
+                    where=item.nodeid,
+                    cure="name it among the arguments of the test, or in usefixtures, rather than"
+                    " to ask for it by getfixturevalue: then it is made anew",
+                )
+            state = made
+        return state
+
+    # preparations
+
+    def _unmake_what_does_not_fit(self, item: pytest.Item) -> None:
+        """Tear down the preparations of a test that were made on other states than it has.
+
+        pytest sets them up again, on those.
+        """
+        fitting: dict[Request, State] = {}
+        unsure: set[Request] = set()
+        misfits = []
+        for definition in closure_of(item) if self._made else ():
+            made = self._made.get(definition)
+            requests = self._prepared_by(item, definition).keys()
+            if (
+                made is not None
+                and made.keys() == requests
+                and not requests & unsure
+                and all(state.is_right_on(fitting.get(r)) for r, state in made.items())
+            ):
+                fitting |= made
+                continue
+            unsure |= requests
+            if made is not None:
+                misfits.append(definition)
+        for definition in reversed(misfits):
+            definition.finish(item._request)  # type: ignore[attr-defined]
+
+    def _prepared_by(self, item: pytest.Item, definition: "Definition") -> dict[Request, str]:
+        """Return which machines a fixture prepares; none unless it is a preparation."""
+        if definition.scope == "function" or is_ours(definition):
+            return {}
+        scopes = {ours.scope for ours in asked_for_by(item, definition)}
+        return self._by_machine(item, scopes)
+
+    @contextlib.contextmanager
+    def _preparation(
+        self, definition: "Definition", request: pytest.FixtureRequest, item: pytest.Item
+    ) -> Iterator[None]:
+        """Set up a wide fixture; if it is a preparation, keep the states that it makes."""
+        __tracebackhide__ = True
+        above: dict[Request, State] = {}
+        with _unset_on_error(definition, request):
+            for wanted in self._prepared_by(item, definition):
+                self._refuse_in_use(item, wanted, definition)
+                above[wanted] = self._state(item, wanted)
+            machines = {wanted: self._savepoints(wanted) for wanted in above}
+            for wanted, state in above.items():
+                machines[wanted].machine.used_by(item.nodeid)
+                machines[wanted].start(state)
+            definition.addfinalizer(partial(self._drop, definition))
+        finalizers = len(definition._finalizers)
+        self._being_made.append((definition.argname, set(machines.values())))
+        try:
+            yield
+        except BaseException:
+            for wanted, state in above.items():
+                machines[wanted].give_up(state)
+            raise
+        finally:
+            self._being_made.pop()
+        if above:
+            with _unset_on_error(definition, request):
+                self._keep(item, definition, above)
+            if len(definition._finalizers) > finalizers:  # it has something to tear down
+                definition.addfinalizer(partial(self._resume, definition))
+            self._tear_down_first(definition, request, above)
+
+    def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:
+        in_use = {request.domain for request in _course_of(item).vms}
+        if self._being_made and self._savepoints(wanted) in self._being_made[-1][1]:
+            by = self._being_made[-1][0]
+        elif wanted.domain in in_use:
+            by = "vm"
+        else:
+            return
+        raise ConfigError(
+            f"the fixture {definition.argname!r} prepares the machine {wanted.domain!r},"
+            f" which {by!r} uses already",
+            where=item.nodeid,
+            cure=f"name {definition.argname} among the arguments of the test or fixture that asks"
+            " for it by getfixturevalue: then it comes first",
+        )
+
+    def _keep(
+        self, item: pytest.Item, definition: "Definition", above: "dict[Request, State]"
+    ) -> None:
+        made: dict[Request, State] = {}
+        try:
+            for wanted, state in above.items():
+                made[wanted] = self._savepoints(wanted).keep(state, definition.argname)
+        except BaseException:
+            for wanted, state in above.items():
+                if wanted in made:
+                    self._savepoints(wanted).drop(made[wanted])
+                self._savepoints(wanted).give_up(state)
+            raise
+        self._made[definition] = made
+        _course_of(item).entered -= {wanted.domain for wanted in made}
+
+    def _tear_down_first(
+        self,
+        definition: "Definition",
+        request: pytest.FixtureRequest,
+        above: "dict[Request, State]",
+    ) -> None:
+        """Do what pytest does for fixtures that ask for each other, for states on each other."""
+        made = self._made[definition]
+
+        def finish() -> None:
+            if self._made.get(definition) is made:  # it was not torn down and made anew since
+                definition.finish(request)  # type: ignore[arg-type]
+
+        for other, states in self._made.items():
+            if any(states.get(wanted) is state for wanted, state in above.items()):
+                other.addfinalizer(finish)
+
+    def _resume(self, definition: "Definition") -> None:
+        with run.told():
+            for wanted, state in self._made.get(definition, {}).items():
+                if not self._savepoints(wanted).machine.has_failed:
+                    self._savepoints(wanted).resume(state)
+
+    def _drop(self, definition: "Definition") -> None:
+        for wanted, state in self._made.pop(definition, {}).items():
+            self._savepoints(wanted).drop(state)
+
+
+@contextlib.contextmanager
+def _unset_on_error(definition: "Definition", request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tell an error of ours, and leave the fixture as if its set-up had never begun."""
+    try:
+        with run.told():
+            yield
+    except BaseException as error:
+        definition.cached_result = (None, definition.cache_key(request), (error, None))  # type: ignore[arg-type]
+        definition.finish(request)  # type: ignore[arg-type]
+        raise
