@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,8 +48,15 @@ def lab_of(config: pytest.Config) -> "Lab":
     """Return the lab of this run; the first call imports libvirt."""
     if _LAB not in config.stash:
         run_settings = settings_of(config)
-        config.stash[_LAB] = _lab_class()(run_settings, voice(config))
+        config.stash[_LAB] = lab = _lab_class()(run_settings, voice(config))
+        config.add_cleanup(partial(_close_late, lab))
     return config.stash[_LAB]
+
+
+def _close_late(lab: "Lab") -> None:
+    """Leave the machines as they were found, where a second Ctrl-C kept the session from it."""
+    for failure in lab.close():
+        sys.stderr.write(f"{failure}\n")
 
 
 def _lab_class() -> "type[Lab]":

@@ -40,7 +40,8 @@ def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
     """Give a wide fixture its machine; what is done with it is undone at the fixture's end."""
     states = states_of(request.config)
     with run.told():
-        _refuse_hidden_preparation(request)
+        if _COURSE not in _item_of(request).stash:  # nobody listened when this was set up
+            _refuse_hidden_preparation(request)
         wanted = states.request(_item_of(request), request.scope)
         savepoints = run.lab_of(request.config).savepoints(wanted)
     holder = (request.scope, request.node)
@@ -105,12 +106,12 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` the domains that were brought to where the test starts.
+    machines that `vm` gave, `entered` those that were brought to where the test starts, by domain.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
-    entered: set[str] = field(default_factory=set)
+    entered: "dict[str, Savepoints]" = field(default_factory=dict)
 
 
 class _States:
@@ -146,6 +147,8 @@ class _States:
                 self._enter(item)
             return (yield)
         if is_ours(fixturedef):
+            with _unset_on_error(fixturedef, request):
+                _refuse_hidden_preparation(request)
             return (yield)
         with self._preparation(fixturedef, request, item):
             return (yield)
@@ -164,6 +167,18 @@ class _States:
             for failure in lab.settle():
                 raise failure
         return result
+
+    def pytest_enter_pdb(self) -> None:
+        """Tell how to reach the machines of the test, which is torn down after the debugger."""
+        from pytest_kvmsnap.machine.reach import ways_to
+
+        voice = run.voice(self._config)
+        for savepoints in _course_of(self._item).entered.values() if self._item else ():
+            domain = savepoints.machine.domain
+            voice.line(
+                f"{domain.name} stays as the test left it until you leave the debugger;"
+                f" reach it by {', '.join(ways_to(domain))}"
+            )
 
     # what a test starts from
 
@@ -221,7 +236,7 @@ class _States:
         savepoints.start(state)
         course = _course_of(item)
         course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
-        course.entered.add(request.domain)
+        course.entered[request.domain] = savepoints
 
         def undo() -> None:
             del course.vms[request]
@@ -234,7 +249,7 @@ class _States:
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
         savepoints.go_on(state, holder)
-        _course_of(item).entered.add(request.domain)
+        _course_of(item).entered[request.domain] = savepoints
 
     def _by_machine(self, item: pytest.Item, scopes: Iterable[str]) -> dict[Request, str]:
         """Return what our fixtures of these scopes come to: for each machine the narrowest one."""
@@ -316,6 +331,7 @@ class _States:
             for wanted, state in above.items():
                 machines[wanted].machine.used_by(item.nodeid)
                 machines[wanted].start(state)
+                _course_of(item).entered[wanted.domain] = machines[wanted]
             definition.addfinalizer(partial(self._drop, definition))
         finalizers = len(definition._finalizers)
         self._being_made.append((definition.argname, set(machines.values())))
@@ -364,7 +380,8 @@ class _States:
                 self._savepoints(wanted).give_up(state)
             raise
         self._made[definition] = made
-        _course_of(item).entered -= {wanted.domain for wanted in made}
+        for wanted in made:
+            del _course_of(item).entered[wanted.domain]  # the test starts somewhere else now
 
     def _tear_down_first(
         self,

@@ -188,14 +188,13 @@ class Lab:
     def close(self) -> list[KvmsnapError]:
         """Leave every machine as it was found; return what went wrong with that."""
         failures: list[KvmsnapError] = []
-        for held in self._held.values():
+        for uuid, held in list(self._held.items()):
             try:
                 held.machine.close()
             except KvmsnapError as error:
                 failures.append(error)
-            finally:
-                held.lease.release()
-        self._held.clear()
+            held.lease.release()
+            del self._held[uuid]  # only now: a Ctrl-C leaves it to the next call
         if self._hypervisor is not None:
             self._hypervisor.close()
             self._hypervisor = None

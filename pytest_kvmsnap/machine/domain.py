@@ -5,7 +5,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pytest_kvmsnap.errors import MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine import domainxml
@@ -257,6 +257,21 @@ class Domain:
                 if raw.blockJobInfo(disk.target):
                     raw.blockJobAbort(disk.target)
 
+    def addresses(self) -> list[str]:
+        """Return the network addresses of a running guest, as far as anybody knows them."""
+        for source in (
+            libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT,
+            libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
+            libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
+        ):
+            with contextlib.suppress(libvirt.libvirtError):
+                interfaces: dict[str, Any] = self.raw.interfaceAddresses(source)  # type: ignore[assignment]
+                told = [each["addrs"] or () for each in interfaces.values()]
+                found = [address["addr"] for addresses in told for address in addresses]
+                if found:
+                    return found
+        return []
+
     def memory_in_use(self) -> int:
         """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
         with contextlib.suppress(libvirt.libvirtError):
@@ -283,14 +298,17 @@ class _Call:
             self._error = error
 
     def ended_within(self, timeout: float) -> bool:
-        """Wait; a Ctrl-C is kept until the call has ended, since nothing else can be done then."""
+        """Wait; a Ctrl-C is kept until the call has ended, since nothing else can be done then.
+
+        So is what a signal raises else: pytest-timeout fails a test that way.
+        """
         end = time.monotonic() + timeout
-        interrupt: KeyboardInterrupt | None = None
+        interrupt: BaseException | None = None
         while self._thread.is_alive() and time.monotonic() < end:
             try:
                 self._thread.join(end - time.monotonic())
-            except KeyboardInterrupt as ctrl_c:
-                interrupt = ctrl_c
+            except BaseException as raised:  # noqa: BLE001 - raised again below
+                interrupt = raised
         if interrupt is not None:
             raise interrupt
         return not self._thread.is_alive()

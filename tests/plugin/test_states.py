@@ -1,54 +1,14 @@
-"""Where a test starts depends on the test alone: wide fixtures, preparations and their states.
-
-A machine's title stands for its disk here: libvirt's test driver brings it back with a revert.
-"""
+"""Where a test starts depends on the test alone: wide fixtures, preparations and their states."""
 
 from typing import TYPE_CHECKING
 
 import pytest
+from notes import DATABASE, write
 
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
 
-NOTES = '''
-import libvirt
-
-def write(vm, word):
-    """Add a word to the machine."""
-    words = [*read(vm), word]
-    vm.domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_TITLE, " ".join(words), None, None, 0)
-
-def read(vm):
-    """Return the words on the machine."""
-    try:
-        return vm.domain.metadata(libvirt.VIR_DOMAIN_METADATA_TITLE, None, 0).split()
-    except libvirt.libvirtError:
-        return []
-'''
-START = "import pytest\nfrom notes import read, write\n\n"
-
-
-@pytest.fixture(autouse=True)
-def notes(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(notes=NOTES)
-    pytester.syspathinsert()
-
-
-def write(suite: "Suite", tests: str, conftest: str = "") -> None:
-    """Write a suite whose tests add to the machine and read what is there."""
-    suite.pytester.makepyfile(START + tests)
-    if conftest:
-        suite.pytester.makeconftest(START + conftest)
-
-
-DATABASE = """
-@pytest.fixture(scope="module")
-def database(module_vm):
-    write(module_vm, "database")
-    return "the database"
-"""
-
-# Each test says what it must find, and leaves dirt. Its name is all that -k needs.
+# Each test says what it must find, and leaves dirt.
 EVERYTHING = (
     DATABASE
     + """
@@ -146,4 +106,193 @@ def test_each_test_starts_from_its_own_closures_state_in_any_order(
     write(suite, EVERYTHING)
     result = suite.run("--random-order-bucket=global", f"--random-order-seed={seed}")
     result.assert_outcomes(passed=COUNT)
+    assert host.look() == before
+
+
+# what it costs
+
+
+class Shape:
+    """A suite, and what it does to the snapshots of a machine that was found running."""
+
+    def __init__(self, tests: str, *log: str, found: str = "running", passed: int = 2) -> None:
+        self.tests = tests
+        self.log = log
+        self.found = found
+        self.passed = passed
+
+
+def revert(snapshot: str, times: int = 1) -> list[str]:
+    return [f"revert {snapshot}"] * times
+
+
+SHAPES = {
+    "plain": Shape(
+        "@pytest.mark.parametrize('n', range(3))\ndef test_it(vm, n): pass",
+        "take found",
+        *revert("found", 3),
+        "delete found",
+        passed=3,
+    ),
+    "module, with vm": Shape(
+        DATABASE + "@pytest.mark.parametrize('n', range(3))\ndef test_it(database, vm, n): pass",
+        "take found",
+        "take database",
+        *revert("database", 3),
+        *revert("found"),  # the module is over
+        "delete database",
+        "delete found",
+        passed=3,
+    ),
+    "module, without vm": Shape(
+        DATABASE + "def test_one(database): pass\ndef test_two(module_vm): pass",
+        "take found",
+        "take database",
+        "take held",  # test_two goes on from elsewhere, and test_one's way may be taken again
+        *revert("found"),
+        *revert("found"),
+        "delete held",
+        "delete database",
+        "delete found",
+    ),
+    "module, machine alone": Shape(
+        "def test_one(module_vm): pass\ndef test_two(module_vm): pass",
+        "take found",
+        *revert("found"),
+        "delete found",
+    ),
+    "class in module": Shape(
+        DATABASE
+        + """
+@pytest.fixture(scope="class")
+def tables(database, class_vm): write(class_vm, "tables")
+
+class TestIt:
+    def test_one(self, tables, vm): pass
+    def test_two(self, tables, vm): pass
+
+def test_three(database, vm): pass
+""",
+        "take found",
+        "take database",
+        "take tables",
+        *revert("tables", 2),
+        *revert("database"),  # the class is over
+        "delete tables",
+        *revert("database"),
+        *revert("found"),  # the module is over
+        "delete database",
+        "delete found",
+        passed=3,
+    ),
+    "plain between prepared ones": Shape(
+        DATABASE
+        + """
+def test_one(database, vm): pass
+def test_two(vm): pass
+def test_three(database, vm): pass
+""",
+        "take found",
+        "take database",
+        *revert("database"),
+        *revert("found", 2),
+        *revert("database", 2),
+        *revert("found"),
+        "delete database",
+        "delete found",
+        passed=3,
+    ),
+    "parametrized preparation": Shape(
+        """
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def version(request, module_vm): write(module_vm, request.param)
+
+def test_one(version, vm): pass
+def test_two(version, vm): pass
+""",
+        "take found",
+        "take version",
+        *revert("version", 2),
+        *revert("found"),
+        "delete version",
+        "take version2",
+        *revert("version2", 2),
+        *revert("found"),
+        "delete version2",
+        "delete found",
+        passed=4,
+    ),
+    "two on each other": Shape(
+        DATABASE
+        + """
+@pytest.fixture(scope="module")
+def web(module_vm): write(module_vm, "web")
+
+def test_both(database, web, vm): pass
+def test_web(web, vm): pass
+""",
+        "take found",
+        "take database",
+        "take web",
+        *revert("web"),
+        *revert("found"),  # made anew, on the baseline
+        "delete web",
+        "take web2",
+        *revert("web2"),
+        *revert("found"),
+        "delete database",
+        "delete web2",
+        "delete found",
+    ),
+    "named snapshot": Shape(
+        """
+pytestmark = pytest.mark.kvm_snapshot("installed")
+
+@pytest.fixture(scope="module")
+def database(module_vm): write(module_vm, "database")
+
+def test_one(database, vm): pass
+def test_two(vm): pass
+""",
+        "take found",
+        *revert("installed"),
+        "take database",
+        *revert("database"),
+        *revert("installed", 2),
+        *revert("found"),
+        "delete found",
+        "delete database",
+    ),
+    "off": Shape(
+        DATABASE + "def test_one(database, vm): pass\ndef test_two(vm): pass",
+        "take found",
+        "take base",
+        "take database",
+        *revert("database"),
+        *revert("base", 2),
+        *revert("found"),
+        "delete database",
+        "delete base",
+        "delete found",
+        found="shut off",
+    ),
+}
+SHAPES["paused"] = Shape(SHAPES["off"].tests, *SHAPES["off"].log, found="paused")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_shape_of_suite_costs(
+    suite: "Suite", host: "Host", calls: "Calls", shape: str
+) -> None:
+    expected = SHAPES[shape]
+    domain = host.define(state="running")
+    host.snapshot("installed")
+    if expected.found == "shut off":
+        domain.destroy()
+    elif expected.found == "paused":
+        domain.suspend()
+    before = host.look()
+    write(suite, expected.tests)
+    suite.run().assert_outcomes(passed=expected.passed)
+    assert calls.snapshots == list(expected.log)
     assert host.look() == before
