@@ -122,6 +122,12 @@ class Suite:
         self.record.unlink(missing_ok=True)
         return self._pytester.runpytest_subprocess(*self.arguments(*extra), timeout=180)
 
+    def run_with_input(self, typed: bytes, *extra: str) -> pytest.RunResult:
+        """Run with somebody at the keyboard."""
+        self.record.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", *self.arguments(*extra)]
+        return self._pytester.run(*command, timeout=180, stdin=typed)
+
     def run_until(self, sign: Path, *extra: str) -> None:
         """Run in the background, and kill the run once it made the file `sign`."""
         command = [sys.executable, "-m", "pytest", *self.arguments(*extra)]
