@@ -147,8 +147,6 @@ class _States:
                 self._enter(item)
             return (yield)
         if is_ours(fixturedef):
-            with _unset_on_error(fixturedef, request):
-                _refuse_hidden_preparation(request)
             return (yield)
         with self._preparation(fixturedef, request, item):
             return (yield)

@@ -138,13 +138,19 @@ def test_a_state_that_cannot_be_kept_is_an_error_of_each_test_that_needs_it(
     before = host.look()
     write(
         suite,
-        DATABASE.replace("return", "yield")
-        + """    print("torn down")
+        """
+@pytest.fixture(scope="module")
+def database(module_vm):
+    module_vm.snapshot("of the preparation")
+    yield
+    print("torn down")
 
 def test_one(database, vm): pass
 def test_two(database, vm): pass
-"""
-        + PLAIN,
+
+def test_plain(vm):
+    assert [s.name for s in vm.snapshots()] == [vm.current_snapshot.name]
+""",
     )
     result = suite.run("-s")
     result.assert_outcomes(passed=1, errors=2)
@@ -190,7 +196,115 @@ def test_three(module_vm): pass
     assert suite.left_over() == []
 
 
+def test_a_state_that_cannot_be_kept_on_one_machine_is_undone_on_the_other(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mock, since the test driver's disks are never full."""
+    host.define("server", state="running")
+    take = Domain.take_snapshot
+
+    def full(self: Domain, name: str, description: str) -> object:
+        if (self.name, "both" in name) == ("box", True):
+            raise SnapshotError("cannot take the snapshot", where="box", why="no room")
+        return take(self, name, description)
+
+    monkeypatch.setattr(Domain, "take_snapshot", full)
+    write(
+        suite,
+        """
+pytestmark = pytest.mark.kvm_domain("server")
+
+@pytest.fixture(scope="module")
+def both(session_vm, module_vm):
+    write(session_vm, "both")
+    write(module_vm, "both")
+
+def test_both(both, vm): pass
+
+def test_plain(vm):
+    assert read(vm) == []
+    assert [s.name for s in vm.snapshots()] == [vm.current_snapshot.name]
+""",
+    )
+    suite.run().assert_outcomes(passed=1, errors=1)
+
+
 # what is torn down
+
+
+WATCH = """
+import libvirt
+
+def pytest_runtest_logfinish(nodeid):
+    box = libvirt.open("test:///default").lookupByName("box")
+    vm = type("VM", (), {"domain": box})
+    print("after", nodeid.partition("::")[2] + ":", *read(vm))
+"""
+
+
+def test_what_is_over_is_undone_at_once(suite: "Suite") -> None:
+    """Not only when the machine is needed next, which may be much later."""
+    write(
+        suite,
+        DATABASE
+        + """
+@pytest.fixture(scope="class")
+def broken(class_vm):
+    write(class_vm, "half")
+    raise OSError("broken")
+
+def test_broken(broken): pass
+def test_plain(vm): write(vm, "dirt")
+
+class TestSteps:
+    def test_step(self, class_vm): write(class_vm, "step")
+    def test_last(self, class_vm): pass
+
+def test_database(database, vm): pass
+def test_last_of_all(database): write(database_machine(), "late")
+
+def database_machine():
+    import libvirt
+    box = libvirt.open("test:///default").lookupByName("box")
+    return type("VM", (), {"domain": box})
+""",
+        conftest=WATCH,
+    )
+    result = suite.run("-s")
+    result.assert_outcomes(passed=5, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*after test_broken:",
+            "*after test_plain:",
+            "*after TestSteps::test_step: step",
+            "*after TestSteps::test_last:",
+            "*after test_database: database",
+            "*after test_last_of_all:",
+        ],
+        consecutive=True,
+    )
+
+
+def test_what_cannot_be_undone_at_once_is_told(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mock: the test driver's reverts never fail."""
+    before = host.look()
+    revert = Domain.revert
+    failures: list[str] = []
+
+    def failing(self: Domain, name: str, timeout: float) -> None:
+        if not failures:
+            failures.append(name)
+            raise RevertError("cannot revert", where="box", why="the mock says so")
+        revert(self, name, timeout)
+
+    monkeypatch.setattr(Domain, "revert", failing)
+    write(suite, "def test_step(module_vm): write(module_vm, 'step')")
+    result = suite.run()
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_step*", "cannot revert"])
+    assert host.look() == before
 
 
 @pytest.mark.parametrize("how", ["yield", "addfinalizer"])
@@ -308,6 +422,27 @@ def test_database_second_step(database, module_vm):
     )
     suite.run().assert_outcomes(passed=8)
     assert host.look() == before
+
+
+def test_snapshots_of_tests_without_vm_are_gone_with_their_scope(suite: "Suite") -> None:
+    write(
+        suite,
+        """
+class TestSteps:
+    def test_one(self, class_vm): class_vm.snapshot("mine")
+    def test_plain(self, vm): pass
+    def test_two(self, class_vm): class_vm.snapshot("mine too")
+    def test_plain_again(self, vm): pass
+    def test_three(self, class_vm):
+        names = {s.name for s in class_vm.snapshots()}
+        assert {"mine", "mine too"} <= names
+        assert len([n for n in names if "held" in n]) <= 2  # the one before is deleted
+
+def test_plain(vm):
+    assert [s.name for s in vm.snapshots()] == [vm.current_snapshot.name]
+""",
+    )
+    suite.run().assert_outcomes(passed=6)
 
 
 def test_class_vm_outside_of_a_class_lasts_for_one_test(suite: "Suite") -> None:
@@ -435,6 +570,22 @@ def test_named(database, vm): assert read(vm) == ["database"]
 """,
     )
     suite.run().assert_outcomes(passed=2)
+
+
+def test_a_fixture_that_is_the_first_to_use_a_machine_is_refused_too(suite: "Suite") -> None:
+    """Nothing names our fixtures, so that nobody listened to pytest when it was set up."""
+    write(
+        suite,
+        """
+@pytest.fixture(scope="module")
+def hidden(request): write(request.getfixturevalue("module_vm"), "hidden")
+
+def test_hidden(hidden): pass
+""",
+    )
+    result = suite.run()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*'hidden' uses the machine of 'module_vm' without naming it"])
 
 
 @pytest.mark.parametrize("order", ["hidden first", "machine first"])

@@ -204,6 +204,21 @@ def test_database(database, vm, turn):
     assert (machine.state, machine.snapshots) == ("shut off", [])
 
 
+def test_preparation_may_end_while_the_guest_boots(machine: Machine, suite: Suite) -> None:
+    suite.write(
+        """
+@pytest.fixture(scope="module")
+def rebooted(module_vm):
+    module_vm.run("echo > /run/memory", check=True)
+    module_vm.reboot()
+
+def test_is_ready_at_once(rebooted, vm):
+    assert vm.run("ls /run/memory").returncode == 1
+"""
+    )
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)
+
+
 def test_run_killed_in_a_prepared_test_is_undone_by_the_next(
     machine: Machine, suite: Suite, pytester: pytest.Pytester
 ) -> None:

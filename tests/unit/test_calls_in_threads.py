@@ -48,10 +48,11 @@ def test_an_error_is_handed_to_the_callers_thread(error: BaseException) -> None:
     assert caught.value is error
 
 
-def test_ctrl_c_is_kept_until_the_call_has_ended(
-    gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, pytest.fail.Exception])
+def test_what_a_signal_raises_is_kept_until_the_call_has_ended(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
 ) -> None:
-    """A mock of `join`, since a signal would have to hit the right moment."""
+    """Ctrl-C, or pytest-timeout. A mock of `join`: a signal would have to hit the right moment."""
     call = _Call(lambda: assert_opened(gate))
     join = threading.Thread.join
     joins: list[float | None] = []
@@ -59,12 +60,12 @@ def test_ctrl_c_is_kept_until_the_call_has_ended(
     def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
         joins.append(timeout)
         if len(joins) == 1:
-            raise KeyboardInterrupt
+            raise raised
         gate.set()
         join(self, timeout)
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         call.ended_within(60)
     assert len(joins) == 2
     assert call.ended_within(0.0) or call.ended_within(60)

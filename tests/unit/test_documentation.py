@@ -21,6 +21,7 @@ from pytest_kvmsnap.settings import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+STATES = (ROOT / "docs" / "states.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(pytest_kvmsnap.__file__).parent
@@ -49,8 +50,8 @@ def code(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
     return [block for of, block in fenced if of == language]
 
 
@@ -110,7 +111,7 @@ def test_the_options_are_all_that_there_are(added: Parser) -> None:
     assert added.ini == {option.ini for option in OPTIONS}
 
 
-@pytest.mark.parametrize("text", [README, CHANGELOG], ids=["README", "CHANGELOG"])
+@pytest.mark.parametrize("text", [README, STATES, CHANGELOG], ids=["README", "states", "CHANGELOG"])
 def test_no_option_is_named_that_there_is_not(added: Parser, text: str) -> None:
     flags = set(re.findall(r"--kvmsnap-[a-z]+(?:-[a-z]+)*", text))
     assert flags - added.flags == set()
@@ -307,7 +308,7 @@ def test_versions_are_those_of_the_project() -> None:
     assert needs["libvirt"].startswith(f"{floors['libvirt-python']} to ")
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", [*blocks("python"), *blocks("python", STATES)])
 def test_python_compiles(block: str) -> None:
     ast.parse(block)
 
