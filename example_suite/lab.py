@@ -125,6 +125,7 @@ class Lab:
         )
         if done.returncode != 0:
             cause = done.stderr.strip().rpartition("\n")[2]  # above it is the traceback
+            cause = cause or f"its process ended with {done.returncode}"
             raise LabError(f"snapshot {snapshot!r} of {name!r} failed: {cause}")
 
     def remove(self) -> None:
@@ -303,7 +304,8 @@ def _take_snapshot(uri: str, name: str, snapshot: str) -> None:
             libvirt.virEventRunDefaultImpl()
 
     libvirt.virEventAddTimeout(50, lambda *_: None, None)
-    threading.Thread(target=loop, daemon=True).start()
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
     connection = libvirt.open(uri)
     description = ET.Element("domainsnapshot")
     ET.SubElement(description, "name").text = snapshot
@@ -311,6 +313,7 @@ def _take_snapshot(uri: str, name: str, snapshot: str) -> None:
     connection.lookupByName(name).snapshotCreateXML(xml, 0)
     connection.close()
     stop.set()
+    thread.join()  # in libvirt at the end of the process it could crash that
 
 
 if __name__ == "__main__":

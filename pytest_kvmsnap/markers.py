@@ -122,7 +122,8 @@ def _parameter(item: pytest.Item, scope: str) -> object:
 
 
 def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> str | None:
-    for holder, mark in node.iter_markers_with_node(marker.__name__):
+    for holder, first in node.iter_markers_with_node(marker.__name__):
+        mark = _of_derived_class(holder, first)
         try:
             bound = inspect.signature(marker).bind(*mark.args, **mark.kwargs)
             marker(*bound.args, **bound.kwargs)
@@ -138,3 +139,13 @@ def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) 
         assert isinstance(value, str)  # noqa: S101 - checked by the marker just called
         return value
     return None
+
+
+def _of_derived_class(node: object, mark: pytest.Mark) -> pytest.Mark:
+    """Return the mark of a class in place of that of its base class, which pytest gives first."""
+    marked = []
+    for cls in node.obj.__mro__ if isinstance(node, pytest.Class) else ():
+        own = vars(cls).get("pytestmark", [])
+        marks = [getattr(each, "mark", each) for each in (own if isinstance(own, list) else [own])]
+        marked += [each for each in marks if each.name == mark.name]
+    return marked[0] if mark in marked else mark

@@ -55,7 +55,11 @@ def lab_of(config: pytest.Config) -> "Lab":
 
 def _close_late(lab: "Lab") -> None:
     """Leave the machines as they were found, where a second Ctrl-C kept the session from it."""
-    for failure in lab.close():
+    _say(lab.close())
+
+
+def _say(failures: Sequence[KvmsnapError]) -> None:
+    for failure in failures:
         sys.stderr.write(f"{failure}\n")
 
 
@@ -142,6 +146,8 @@ def close(config: pytest.Config) -> bool:
     unproven = lab.unproven
     failures = lab.close()
     config.stash[_CLOSING] = [*_unproven_words(unproven), *map(str, failures)]
+    if not config.pluginmanager.has_plugin("terminalreporter") or config.getoption("no_summary"):
+        _say(failures)
     return not failures
 
 

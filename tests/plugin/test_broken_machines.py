@@ -78,6 +78,18 @@ def test_a_failing_revert_is_an_error_of_the_test_and_the_next_ones_fail_at_once
     assert calls.count("take") == (1 if state == "running" else 2)
 
 
+@pytest.mark.parametrize("option", ["-pno:terminal", "--no-summary"])
+def test_what_could_not_be_put_back_is_said_where_there_is_no_summary(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    host.define(state="shut off")
+    fail_when(monkeypatch, "revert", revert_error("for good"), lambda name, _: "found" in name)
+    suite.write("def test_one(vm): pass")
+    result = suite.run(option)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(["cannot revert to the snapshot", "*for good"])
+
+
 def test_a_quarantined_machine_leaves_others_alone(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,6 @@ def machine(host: "Host") -> None:
         ("raise OSError('no space in the guest')", {"errors": 2}),
         ("pytest.fail('told so')", {"errors": 2}),
         ("pytest.skip('not here')", {"skipped": 2}),
-        ("raise SystemExit(3)", {"errors": 2}),
     ],
 )
 def test_a_preparation_that_fails_is_undone_and_others_go_on(
