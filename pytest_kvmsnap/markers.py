@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -143,9 +144,10 @@ def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) 
 
 def _of_derived_class(node: object, mark: pytest.Mark) -> pytest.Mark:
     """Return the mark of a class in place of that of its base class, which pytest gives first."""
-    marked = []
+    marked: list[pytest.Mark] = []
     for cls in node.obj.__mro__ if isinstance(node, pytest.Class) else ():
         own = vars(cls).get("pytestmark", [])
-        marks = [getattr(each, "mark", each) for each in (own if isinstance(own, list) else [own])]
+        decorators: list[Any] = own if isinstance(own, list) else [own]
+        marks = [getattr(each, "mark", each) for each in decorators]
         marked += [each for each in marks if each.name == mark.name]
     return marked[0] if mark in marked else mark
