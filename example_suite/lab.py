@@ -168,15 +168,11 @@ class Lab:
 
 
 def open_lab(folder: Path | None = None) -> Lab:
-    """Make a lab in `folder`, or find the one there; by default one per user.
+    """Make a lab in `folder`, or find the one there; by default one per user, and per worker.
 
     Raises `LabError` if the folder is not ours alone, holds other things, or has too long a path.
     """
-    folder = (
-        Path(tempfile.gettempdir(), f"kvmsnap-{os.getuid()}")
-        if folder is None
-        else folder.absolute()
-    )
+    folder = _default_folder() if folder is None else folder.absolute()
     if len(os.fsencode(folder)) > LONGEST_ROOT:
         raise LabError(f"{folder} is too long for sockets: {LONGEST_ROOT} bytes at most")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -194,7 +190,9 @@ def open_lab(folder: Path | None = None) -> Lab:
 
 
 def _default_folder() -> Path:
-    return Path(tempfile.gettempdir(), f"kvmsnap-{os.geteuid()}")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # an embedded libvirt serves one process
+    name = f"kvmsnap-{os.geteuid()}" + (f"-{worker}" if worker else "")
+    return Path(tempfile.gettempdir(), name)
 
 
 def _check_private(folder: Path) -> None:

@@ -118,7 +118,7 @@ def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     Raises:
         UsageProblem: something stands in the way.
     """
-    xdist.refuse_several_workers(config)
+    xdist.refuse_shared_root(config, settings_of(config))
     requests = _requests_of(items, settings_of(config))
     lab_of(config).check(requests)
 
@@ -143,9 +143,8 @@ def close(config: pytest.Config) -> bool:
     lab = config.stash.get(_LAB, None)
     if lab is None:
         return True
-    unproven = lab.unproven
     failures = lab.close()
-    config.stash[_CLOSING] = [*_unproven_words(unproven), *map(str, failures)]
+    config.stash[_CLOSING] = [*_unproven_words(lab.unproven), *map(str, failures)]
     if not config.pluginmanager.has_plugin("terminalreporter") or config.getoption("no_summary"):
         _say(failures)
     return not failures

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pytest_kvmsnap.errors import ConfigError
 
+HOOK = "pytest_kvmsnap_lab"
+
 
 def _text(value: str) -> str:
     if not value.strip():
@@ -210,7 +212,7 @@ def resolve(
     for option in OPTIONS:
         sources = (
             (option.flag, command_line.get(option.key)),
-            (f"{option.name!r} from the hook pytest_kvmsnap_lab", hook.get(option.key)),
+            (f"{option.name!r} from the hook {HOOK}", hook.get(option.key)),
             (f"{option.ini} in ini", ini.get(option.key)),
         )
         for origin, given in sources:
@@ -227,7 +229,7 @@ def hook_values(returned: object) -> dict[str, object]:
     Raises:
         ConfigError: it is no mapping, or has a key that is no option.
     """
-    what = "the hook pytest_kvmsnap_lab returned something wrong"
+    what = f"the hook {HOOK} returned something wrong"
     if returned is None:
         return {}
     if not isinstance(returned, Mapping):

@@ -45,9 +45,8 @@ def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
         wanted = states.request(_item_of(request), request.scope)
         savepoints = run.lab_of(request.config).savepoints(wanted)
     holder = (request.scope, request.node)
-    states.holders.add(holder)
+    savepoints.holders.add(holder)
     yield savepoints.machine.vm(partial(states.used, savepoints, wanted, holder))
-    states.holders.discard(holder)
     savepoints.end(holder)
 
 
@@ -116,7 +115,6 @@ class _Course:
 
 class _States:
     def __init__(self, config: pytest.Config) -> None:
-        self.holders: set[Holder] = set()  # the wide fixtures that are set up
         self._config = config
         self._made: dict[Definition, dict[Request, State]] = {}
         self._being_made: list[tuple[str, set[Savepoints]]] = []
@@ -206,7 +204,7 @@ class _States:
             name, machines = self._being_made[-1]
             if savepoints not in machines:
                 raise _hidden(name, FIXTURES[holder[0]])
-        elif self._item is not None and holder in self.holders:
+        elif self._item is not None and holder in savepoints.holders:
             course = _course_of(self._item)
             if course.is_in_test and request.domain not in course.entered:
                 self._hold(self._item, request, holder)

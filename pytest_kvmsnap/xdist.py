@@ -4,11 +4,14 @@ A usage error that is raised in a worker becomes an internal error without its t
 hands the message to the controller and has no tests, and the controller prints it, once.
 """
 
+import os
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from pytest_kvmsnap.errors import ConfigError
+from pytest_kvmsnap.settings import HOOK, Settings
 
 _OUTPUT = "kvmsnap_problem"
 _PROBLEMS = pytest.StashKey[list[str]]()
@@ -19,18 +22,23 @@ def is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
-def refuse_several_workers(config: pytest.Config) -> None:
-    """Refuse to run with workers that would wait for each other's machine.
+def refuse_shared_root(config: pytest.Config, settings: Settings) -> None:
+    """Refuse an embedded libvirt that several workers would open, which serves one process only.
+
+    The hook may give each worker a root of its own.
 
     Raises:
-        ConfigError: there is more than one worker.
+        ConfigError: that is so.
     """
     count = getattr(config, "workerinput", {}).get("workercount", 1)
-    if count > 1:
+    uri = settings.uri or os.environ.get("LIBVIRT_DEFAULT_URI", "")
+    is_of_hook = settings.origins.get("uri", "").endswith(HOOK)
+    if count > 1 and urlsplit(uri).path == "/embed" and not is_of_hook:
         raise ConfigError(
-            f"{count} workers of pytest-xdist cannot share machines yet",
-            why="a machine belongs to one process until that ends, and the others would wait",
-            cure="run tests with machines in one process: without -n, or with -n 1",
+            f"{count} workers of pytest-xdist cannot share {uri}",
+            why="an embedded libvirt serves one process",
+            cure=f"run without -n, use a libvirt daemon, or let the hook {HOOK} give each worker a"
+            " root of its own",
         )
 
 

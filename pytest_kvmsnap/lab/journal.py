@@ -19,6 +19,11 @@ from pytest_kvmsnap.machine.preflight import OURS
 _VERSION = 1
 
 
+def testrun() -> str:
+    """Return what the workers of one run of pytest-xdist have in common, nothing without it."""
+    return os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+
+
 @dataclass
 class Found:
     """A machine as a run found it.
@@ -52,6 +57,7 @@ class Journal:
     user: str = field(default_factory=getpass.getuser)
     since: float = field(default_factory=time.time)
     test: str = ""
+    testrun: str = field(default_factory=testrun)
     found: Found | None = None
     found_snapshot: str | None = None
     taken: dict[str, str] = field(default_factory=dict)

@@ -39,7 +39,10 @@ class _Held(NamedTuple):
 
 
 class Lab:
-    """The machines of one process, on one hypervisor, from the first test to the last."""
+    """The machines of one process, on one hypervisor, from the first test to the last.
+
+    `unproven` are the tests, by machine, after which only the state from outside proves the revert.
+    """
 
     def __init__(self, settings: Settings, voice: Voice) -> None:
         self._settings = settings
@@ -48,6 +51,7 @@ class Lab:
         self._hypervisor: Hypervisor | None = None
         self._held: dict[str, _Held] = {}
         self._checked: set[Request] = set()
+        self.unproven: dict[str, list[str]] = {}
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -75,7 +79,7 @@ class Lab:
                     lease = self._lease(domain)
                     if conversion.planned(domain, self._run):
                         lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
-                    elif not lease.try_take():
+                    elif not lease.take_unless_in_use():
                         continue
                     leases.callback(lease.release)
                     # only now, since the one that we waited for may have converted them
@@ -137,6 +141,7 @@ class Lab:
             lease = self._lease(domain)
             lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
             try:
+                cleanup.work_off(domain, lease, self._settings, self._voice.line)
                 self._check_late(domain, lease, request)
                 machine = Machine(domain, self._journal(domain, lease), self._settings)
             except BaseException:
@@ -151,14 +156,35 @@ class Lab:
         return self._held[domain.uuid].savepoints
 
     def settle(self) -> list[KvmsnapError]:
-        """Undo at once what fixtures that are torn down did; return what went wrong with that."""
+        """Do at the end of a test what need not wait; return what went wrong with that.
+
+        What fixtures that are torn down did is undone, and machines that others wait for are given
+        up, unless a fixture holds them.
+        """
         failures = []
-        for held in self._held.values():
+        for uuid, held in list(self._held.items()):
             try:
                 held.savepoints.settle()
+                if held.savepoints.is_idle and held.lease.is_wanted():
+                    self._give_up(uuid)
             except KvmsnapError as error:
                 failures.append(error)
         return failures
+
+    def _give_up(self, uuid: str) -> None:
+        """Leave a machine as it was found, and let others have it."""
+        held = self._held[uuid]
+        failure: KvmsnapError | None = None
+        try:
+            held.machine.close()
+        except KvmsnapError as error:
+            failure = error
+        held.lease.release()
+        del self._held[uuid]  # only now: a Ctrl-C leaves it to the next call
+        if held.machine.unproven:
+            self.unproven.setdefault(held.machine.domain.name, []).extend(held.machine.unproven)
+        if failure is not None:
+            raise failure
 
     def _check_late(self, domain: Domain, lease: Lease, request: Request) -> None:
         """Check a machine that could not be checked before the first test.
@@ -176,25 +202,14 @@ class Lab:
 
     # at the end
 
-    @property
-    def unproven(self) -> dict[str, list[str]]:
-        """The tests, by machine, after which only the state from outside proves the revert."""
-        return {
-            held.machine.domain.name: held.machine.unproven
-            for held in self._held.values()
-            if held.machine.unproven
-        }
-
     def close(self) -> list[KvmsnapError]:
         """Leave every machine as it was found; return what went wrong with that."""
         failures: list[KvmsnapError] = []
-        for uuid, held in list(self._held.items()):
+        for uuid in list(self._held):
             try:
-                held.machine.close()
+                self._give_up(uuid)
             except KvmsnapError as error:
                 failures.append(error)
-            held.lease.release()
-            del self._held[uuid]  # only now: a Ctrl-C leaves it to the next call
         if self._hypervisor is not None:
             self._hypervisor.close()
             self._hypervisor = None

@@ -53,16 +53,22 @@ class _Line:
 class Savepoints:
     """The states of one machine, and which of them it is at.
 
-    Whoever is here may have changed the machine, so that going elsewhere is a revert.
+    `holders` are the fixtures that hold the machine for longer than a test.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.holders: set[Hashable] = set()
         self._roots: dict[str, State] = {}
         self._lines: list[_Line] = []
         self._line: _Line | None = None  # the one that the machine is on
         self._at: State | None = None  # the state that the machine was last at or goes on from
         self._is_owing = False  # what was done since then is to be undone
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether between two tests nobody needs the machine as it is; its quarantine counts."""
+        return not self.holders and not self.machine.has_failed
 
     def root(self, snapshot: str | None) -> State:
         """Return the state of the baseline, or of an existing snapshot.
@@ -154,6 +160,7 @@ class Savepoints:
 
     def end(self, holder: Hashable) -> None:
         """Let go of the lines of a holder, whose scope has ended."""
+        self.holders.discard(holder)
         self._drop_lines([line for line in self._lines if line.holder == holder])
 
     def settle(self) -> None:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 import pytest
-from testdriver import disk, node_file
 
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
@@ -157,37 +156,3 @@ def test_stepwise_runs_in_a_row(suite: "Suite", host: "Host") -> None:
     for _ in range(2):
         suite.run("--stepwise")
         assert host.look() == before
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_several_workers_of_xdist_are_refused(suite: "Suite", workers: int) -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    suite.write(
-        """
-        import pytest
-
-        @pytest.mark.parametrize("number", range(4))
-        def test_machine(vm, number):
-            assert vm.state == "running"
-
-        def test_without(): pass
-        """
-    )
-    node = suite.pytester.path / "node.xml"
-    node.write_text(node_file(disk("/images/box.qcow2")))
-    result = suite.run_apart(f"-n{workers}", f"--kvmsnap-uri=test://{node}", domain="box")
-    if workers == 1:
-        result.assert_outcomes(passed=5)
-    else:
-        result.assert_outcomes()
-        assert result.ret == pytest.ExitCode.USAGE_ERROR
-        said = result.stdout.str()
-        assert said.count("2 workers of pytest-xdist cannot share machines yet") == 1
-        assert "INTERNALERROR" not in said
-    assert suite.left_over() == []
-
-
-def test_workers_of_xdist_may_run_other_tests(suite: "Suite") -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    suite.write("def test_machine(vm): pass\ndef test_without(): pass")
-    suite.run_apart("-n2", "-m", "not kvm").assert_outcomes(passed=1)

@@ -1,10 +1,12 @@
 """One process owns a machine at a time, by a lock that dies with it."""
 
+import contextlib
 import os
 import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # Takes the lease beside argv[1], writes a journal there, and holds it until its input ends.
 HOLDER = """
 import sys
+import time
 from pathlib import Path
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease
@@ -316,3 +319,92 @@ def test_a_machine_has_the_same_lock_whatever_its_name_is(host: "Host", tmp_path
     assert one == renamed != other
     assert one.parent == tmp_path
     assert one.suffix == ".json"
+
+
+# taking turns
+
+
+def test_nobody_waits_for_it_at_first(lease: Lease) -> None:
+    assert lease.try_take()
+    assert not lease.is_wanted()
+
+
+def test_its_owner_sees_that_somebody_waits_and_that_one_comes_next(path: Path) -> None:
+    lease = Lease.beside(path)
+    assert lease.try_take()
+    with waiting(path) as other:
+        while not lease.is_wanted():
+            assert other.poll() is None
+        lease.release()
+        lease.take("box", 60, quiet)  # which waits for the other one
+        lease.release()
+        assert other.stdout is not None
+        assert other.stdout.read() == "had it\n"
+    assert names(path.parent) == ["log"]
+    assert (path.parent / "log").read_text() == "other\n"
+
+
+# Waits for the lease beside argv[1], and writes into a log while it has it.
+WAITER = """
+import sys
+import time
+from pathlib import Path
+from pytest_kvmsnap.lab.lease import Lease
+
+path = Path(sys.argv[1])
+lease = Lease.beside(path)
+lease.take("box", 60, lambda _: None)
+path.with_name("log").write_text("other\\n")
+lease.release()
+print("had it")
+"""
+
+
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", WAITER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+    assert process.returncode == 0
+
+
+def test_waiting_begins_anew_with_another_owner(path: Path) -> None:
+    patience = leases._Patience(path, "box", 0.01, quiet)
+    for run in ("one", "two", "three"):
+        Journal(path, run, "uri", "box", "uuid").save()
+        patience.wait_on()
+        time.sleep(0.02)
+    with pytest.raises(LeaseError):
+        patience.wait_on()
+
+
+@pytest.mark.parametrize(("ours", "waits"), [("same", True), ("other", False), ("", False)])
+def test_waiting_begins_anew_with_each_test_of_another_worker_of_the_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, waits: bool
+) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "same")
+    journal = Journal(path, "run", "uri", "box", "uuid", test="test_one")
+    journal.save()
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", ours)
+    patience = leases._Patience(path, "box", 0.01, quiet)
+    patience.wait_on()
+    journal.test = "test_two"
+    journal.save()
+    time.sleep(0.02)
+    if waits:
+        patience.wait_on()
+    else:
+        with pytest.raises(LeaseError):
+            patience.wait_on()
+
+
+def test_who_only_looks_waits_for_others_who_look_and_not_for_a_run(path: Path) -> None:
+    first = Lease.beside(path)
+    assert first.try_take()
+    other = Lease.beside(path)
+    assert not other.take_unless_in_use(0.2)
+    Journal(path, "run", "uri", "box", "uuid").save()
+    assert not other.take_unless_in_use(3600)
+    first.release()
+    assert other.take_unless_in_use(0.2)
+    other.release()
