@@ -19,15 +19,16 @@ def test_sees_the_marker_file_as_it_was(marked_vm: VM) -> None:
     assert marked_vm.read_text("/opt/abc") == "123\n"
 
 
-AGENTS: set[str] = set()
+AGENTS: dict[object, str] = {}
 
 
 @pytest.mark.parametrize("turn", ["first", "second"])
 def test_processes_are_those_of_the_snapshot(vm: VM, turn: str) -> None:
     """Memory comes back too: what ran at the snapshot runs on, what a test started is gone."""
     agent = vm.run("cut -d ' ' -f 1,22 /proc/$PPID/stat").stdout  # its pid, and when it started
-    AGENTS.add(agent)
-    assert len(AGENTS) == 1, "the machine was booted anew instead of reverted"
+    assert vm.current_snapshot is not None
+    first = AGENTS.setdefault(vm.current_snapshot.created, agent)
+    assert agent == first, "the machine was booted anew instead of reverted"
 
     assert count_of(vm, "sleep 98765") == 0, "a process of another test is still there"
     vm.run("sleep 98765 > /dev/null 2>&1 &", check=True)
