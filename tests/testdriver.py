@@ -214,4 +214,18 @@ def suite(pytester: pytest.Pytester, host: Host, monkeypatch: pytest.MonkeyPatch
     return Suite(pytester, host)
 
 
+def fail_when(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, when: Callable[..., bool]
+) -> None:
+    """Let a method of Domain fail where `when` says so of its arguments."""
+    original = getattr(Domain, method)
+
+    def failing(self: Domain, *args: Any, **kwargs: Any) -> object:
+        if when(*args):
+            raise error
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Domain, method, failing)
+
+
 assert pytest_kvmsnap.lab.lab  # see above

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import libvirt
 import pytest
+from testdriver import fail_when
 
 from pytest_kvmsnap.errors import AgentError, MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine.domain import Domain
@@ -22,20 +23,6 @@ THREE_TESTS = """
     def test_three(vm): pass
     def test_without(): pass
 """
-
-
-def fail_when(
-    monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, when: Callable[..., bool]
-) -> None:
-    """Let a method of Domain fail where `when` says so of its arguments."""
-    original = getattr(Domain, method)
-
-    def failing(self: Domain, *args: Any, **kwargs: Any) -> object:
-        if when(*args):
-            raise error
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Domain, method, failing)
 
 
 def revert_error(why: str = "the mock says so") -> RevertError:

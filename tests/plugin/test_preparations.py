@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from notes import DATABASE, write
+from testdriver import fail_when
 
 from pytest_kvmsnap.errors import RevertError, SnapshotError
 from pytest_kvmsnap.machine.domain import Domain
@@ -11,6 +12,8 @@ from pytest_kvmsnap.machine.domain import Domain
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
 
+NO_ROOM = SnapshotError("cannot take the snapshot", where="box", why="no room")
+NO_REVERT = RevertError("cannot revert", where="box", why="the mock says so")
 PLAIN = """
 def test_plain(vm):
     assert read(vm) == []
@@ -126,14 +129,7 @@ def test_a_state_that_cannot_be_kept_is_an_error_of_each_test_that_needs_it(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mock, since the test driver's disks are never full."""
-    take = Domain.take_snapshot
-
-    def full(self: Domain, name: str, description: str) -> object:
-        if "database" in name:
-            raise SnapshotError("cannot take the snapshot", where="box", why="no room")
-        return take(self, name, description)
-
-    monkeypatch.setattr(Domain, "take_snapshot", full)
+    fail_when(monkeypatch, "take_snapshot", NO_ROOM, lambda name, _: "database" in name)
     before = host.look()
     write(
         suite,
@@ -167,16 +163,13 @@ def test_a_machine_that_cannot_be_brought_back_fails_later_tests_at_once(
 ) -> None:
     """A mock: the test driver's reverts never fail."""
     before = host.look()
-    revert = Domain.revert
-    failures: list[str] = []
-
-    def failing(self: Domain, name: str, timeout: float) -> None:
-        if "database" in name and not failures:
-            failures.append(name)
-            raise RevertError("cannot revert", where="box", why="the mock says so")
-        revert(self, name, timeout)
-
-    monkeypatch.setattr(Domain, "revert", failing)
+    once = [NO_REVERT]
+    fail_when(
+        monkeypatch,
+        "revert",
+        NO_REVERT,
+        lambda name, _: bool("database" in name and once and once.pop()),
+    )
     write(
         suite,
         DATABASE.replace("return", "yield")
@@ -204,7 +197,7 @@ def test_a_state_that_cannot_be_kept_on_one_machine_is_undone_on_the_other(
 
     def full(self: Domain, name: str, description: str) -> object:
         if (self.name, "both" in name) == ("box", True):
-            raise SnapshotError("cannot take the snapshot", where="box", why="no room")
+            raise NO_ROOM
         return take(self, name, description)
 
     monkeypatch.setattr(Domain, "take_snapshot", full)
@@ -289,16 +282,8 @@ def test_what_cannot_be_undone_at_once_is_told(
 ) -> None:
     """A mock: the test driver's reverts never fail."""
     before = host.look()
-    revert = Domain.revert
-    failures: list[str] = []
-
-    def failing(self: Domain, name: str, timeout: float) -> None:
-        if not failures:
-            failures.append(name)
-            raise RevertError("cannot revert", where="box", why="the mock says so")
-        revert(self, name, timeout)
-
-    monkeypatch.setattr(Domain, "revert", failing)
+    once = [NO_REVERT]
+    fail_when(monkeypatch, "revert", NO_REVERT, lambda *_: bool(once and once.pop()))
     write(suite, "def test_step(module_vm): write(module_vm, 'step')")
     result = suite.run()
     result.assert_outcomes(passed=1, errors=1)
@@ -461,14 +446,7 @@ def test_what_cannot_be_kept_is_told_to_those_who_come_back_only(
     suite: "Suite", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mock, since the test driver's disks are never full."""
-    take = Domain.take_snapshot
-
-    def full(self: Domain, name: str, description: str) -> object:
-        if "held" in name:
-            raise SnapshotError("cannot take the snapshot", where="box", why="no room")
-        return take(self, name, description)
-
-    monkeypatch.setattr(Domain, "take_snapshot", full)
+    fail_when(monkeypatch, "take_snapshot", NO_ROOM, lambda name, _: "held" in name)
     write(suite, "def test_one(module_vm): pass" + PLAIN + "def test_two(module_vm): pass")
     result = suite.run()
     result.assert_outcomes(passed=2, errors=1)
