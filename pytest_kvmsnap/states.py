@@ -122,7 +122,8 @@ class _States:
 
     # pytest's hooks
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    # Inside of what pytest wraps around a test, which must have begun when an error is raised here.
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         __tracebackhide__ = True
         self._item = item
@@ -149,7 +150,7 @@ class _States:
         with self._preparation(fixturedef, request, item):
             return (yield)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         __tracebackhide__ = True
         _course_of(item).is_in_test = False

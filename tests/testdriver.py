@@ -136,7 +136,8 @@ class Calls:
         self.log: list[str] = []
 
     def add(self, verb: str, *names: str) -> None:
-        self.log.append(" ".join([verb, *(re.sub(r"kvmsnap-(\w+)-\w+", r"\1", n) for n in names)]))
+        shown = [re.sub(r"kvmsnap-([\w-]+)-\w+", r"\1", name) for name in names]
+        self.log.append(" ".join([verb, *shown]))
 
     def count(self, verb: str) -> int:
         return sum(entry.split()[0] == verb for entry in self.log)

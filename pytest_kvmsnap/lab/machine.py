@@ -155,8 +155,7 @@ class Machine:
 
     def keep_as_it_is(self, label: str) -> tuple[str, ...]:
         """Keep the machine as it is now; like `keep`."""
-        number = next(self._numbers[label])
-        name = f"kvmsnap-{label}{number if number > 1 else ''}-{self._journal.run}"
+        name = self._name(label)
         theirs = self._adopt()
         try:
             self._take(name)
@@ -211,7 +210,7 @@ class Machine:
                 self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
-            self._journal.found_snapshot = f"kvmsnap-found-{self._journal.run}"
+            self._journal.found_snapshot = self._name("found")
             self._take(self._journal.found_snapshot)
         return self._journal.found_snapshot
 
@@ -230,6 +229,12 @@ class Machine:
         self._bring_up()
         self._baseline, *_ = self.keep("base")
         return self._baseline
+
+    def _name(self, label: str) -> str:
+        """Return a new name for a snapshot; a label is of letters, digits and underscores."""
+        number = next(self._numbers[label])
+        again = f"-{number}" if number > 1 else ""
+        return f"kvmsnap-{label}{again}-{self._journal.run}"
 
     def _take(self, name: str) -> None:
         """Take a snapshot of ours, announced in the journal first."""

@@ -369,6 +369,34 @@ def test_plain(vm): assert read(vm) == []
     assert host.look() == before
 
 
+def test_a_preparation_that_is_made_anew_may_fail_to_tear_down(
+    suite: "Suite", host: "Host"
+) -> None:
+    """It is told in the set-up of the test that has it torn down, and the run goes on."""
+    before = host.look()
+    write(
+        suite,
+        DATABASE
+        + """
+@pytest.fixture(scope="module")
+def web(module_vm):
+    write(module_vm, "web")
+    yield
+    if read(module_vm) == ["web"]:
+        raise OSError("broken teardown")
+
+def test_web(web, vm): pass
+def test_both(database, web, vm): pass
+def test_both_again(database, web, vm): assert read(vm) == ["database", "web"]
+def test_plain(vm): assert read(vm) == []
+""",
+    )
+    result = suite.run()
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at setup of test_both*", "*OSError: broken teardown*"])
+    assert host.look() == before
+
+
 def test_tests_without_vm_go_on_from_each_other_and_come_back(
     suite: "Suite", host: "Host", calls: "Calls"
 ) -> None:
@@ -454,6 +482,25 @@ def test_what_cannot_be_kept_is_told_to_those_who_come_back_only(
 
 
 # snapshots of the user
+
+
+def test_a_fixture_may_have_any_name(suite: "Suite", host: "Host") -> None:
+    """Snapshots are named after preparations, and ours have names too."""
+    before = host.look()
+    fixtures = [
+        f"""
+@pytest.fixture(scope="class", params=["a", "b"])
+def {name}(class_vm): write(class_vm, "{name}")
+
+class Test_{name}:
+    def test_it(self, {name}, vm): assert read(vm) == ["{name}"]
+    def test_step(self, class_vm): write(class_vm, "step")
+"""
+        for name in ("found", "base", "held", "one", "one_2", "one2", "f" * 80, "größe")
+    ]
+    write(suite, "\n".join(fixtures))
+    suite.run().assert_outcomes(passed=8 * 3)
+    assert host.look() == before
 
 
 def test_snapshots_of_a_preparation_are_there_for_its_tests_only(

@@ -102,10 +102,10 @@ def test_what_the_shapes_cost(machine: Machine, suite: Suite) -> None:
         "revert kvmsnap-version",  # the first version's test
         "revert kvmsnap-database",
         "delete_snapshot kvmsnap-version",
-        "take_snapshot kvmsnap-version2",
-        "revert kvmsnap-version2",  # the second one's
+        "take_snapshot kvmsnap-version-2",
+        "revert kvmsnap-version-2",  # the second one's
         "revert kvmsnap-database",  # the class is over
-        "delete_snapshot kvmsnap-version2",
+        "delete_snapshot kvmsnap-version-2",
         "revert kvmsnap-found",  # steps
         "revert kvmsnap-found",  # the module is over
         "delete_snapshot kvmsnap-database",
