@@ -99,8 +99,9 @@ def test_machine(database, vm, diary, number):
     assert suite.left_over() == []
 
 
-@pytest.mark.parametrize("scope", ["class", "module", "session"])
-@pytest.mark.parametrize("dist", ["load", "loadscope", "worksteal"])
+@pytest.mark.parametrize(
+    ("scope", "dist"), [("class", "loadscope"), ("module", "load"), ("session", "worksteal")]
+)
 def test_prepared_states_are_right_with_workers(
     suite: "Suite", uri: str, scope: str, dist: str
 ) -> None:
