@@ -74,7 +74,7 @@ def request_of(item: pytest.Item, scope: str, settings: Settings) -> Request:
     Raises:
         ConfigError: wrong arguments, or no domain is named anywhere.
     """
-    node = node_of(item, scope)
+    node = _node_of(item, scope)
     parameter = _parameter(item, scope)
     domain = _nearest(node, kvm_domain) or settings.domain
     if parameter is not None:
@@ -99,7 +99,7 @@ def request_of(item: pytest.Item, scope: str, settings: Settings) -> Request:
     return Request(domain, _nearest(node, kvm_snapshot) or settings.snapshot)
 
 
-def node_of(item: pytest.Item, scope: str) -> pytest.Item | pytest.Collector:
+def _node_of(item: pytest.Item, scope: str) -> pytest.Item | pytest.Collector:
     """Return whose markers a fixture of a scope sees."""
     node: pytest.Item | pytest.Collector | None = item
     if scope == "session":

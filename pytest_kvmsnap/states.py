@@ -8,7 +8,7 @@ those of a test is torn down first, and made anew.
 """
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ import pytest
 
 from pytest_kvmsnap import run
 from pytest_kvmsnap.errors import ConfigError
-from pytest_kvmsnap.markers import FIXTURES, Request, node_of, request_of
-from pytest_kvmsnap.usage import asked_for_by, closure_of, is_ours
+from pytest_kvmsnap.markers import FIXTURES, Request, request_of
+from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
@@ -44,10 +44,12 @@ def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
             _refuse_hidden_preparation(request)
         wanted = states.request(_item_of(request), request.scope)
         savepoints = run.lab_of(request.config).savepoints(wanted)
-    holder = (request.scope, request.node)
-    savepoints.holders.add(holder)
-    yield savepoints.machine.vm(partial(states.used, savepoints, wanted, holder))
-    savepoints.end(holder)
+    scope = request.scope
+    states.held[scope] = wanted
+    savepoints.holders.add(scope)
+    yield savepoints.machine.vm(partial(states.used, savepoints, wanted, scope))
+    del states.held[scope]
+    savepoints.end(scope)
 
 
 def states_of(config: pytest.Config) -> "_States":
@@ -68,9 +70,12 @@ def _course_of(item: pytest.Item) -> "_Course":
 
 
 def _active(item: pytest.Item) -> "list[Definition]":
-    """Return the fixtures that a test uses so far, `getfixturevalue` included."""
+    """Return the fixtures that a test uses so far, `getfixturevalue` included.
+
+    One that is overridden is left out as soon as its override is set up.
+    """
     request: Any = getattr(item, "_request", None)
-    return list(request._fixture_defs.values()) if request is not None else []
+    return list(request._fixture_defs.values()) if request else []  # False after the test
 
 
 def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
@@ -85,19 +90,25 @@ def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
         definition = getattr(asking, "_fixturedef", None)
         if definition is None or definition is ours or definition.scope == "function":
             continue
-        if ours not in asked_for_by(item, definition):
+        if ours not in closure_under(item, definition):
             raise _hidden(definition.argname, ours.argname)
 
 
-def _hidden(preparation: str, ours: str) -> ConfigError:
+def _hidden(fixture: str, asked_for: str) -> ConfigError:
     return ConfigError(
-        f"the fixture {preparation!r} uses the machine of {ours!r} without naming it",
+        f"the fixture {fixture!r} uses the machine of {asked_for!r} without naming it",
         why="what it does to the machine could be neither kept for its tests nor undone",
-        cure=f"name {ours} among the arguments of {preparation}",
+        cure=f"name {asked_for} among the arguments of {fixture}",
     )
 
 
-Holder = tuple[str, object]  # the scope and the node of a wide fixture
+def _too_late(fixture: str, machine: str, by: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"the fixture {fixture!r} prepares the machine {machine!r}, which {by!r} uses already",
+        where=where,
+        cure=f"name {fixture} among the arguments of the test or fixture that asks for it late (by"
+        " getfixturevalue, or in an override), before others: then it comes first",
+    )
 
 
 @dataclass
@@ -115,6 +126,7 @@ class _Course:
 
 class _States:
     def __init__(self, config: pytest.Config) -> None:
+        self.held: dict[str, Request] = {}  # by ours that are wide, by their scope
         self._config = config
         self._made: dict[Definition, dict[Request, State]] = {}
         self._being_made: list[tuple[str, set[Savepoints]]] = []
@@ -143,7 +155,7 @@ class _States:
         item = _item_of(request)
         if fixturedef.scope == "function":
             with _unset_on_error(fixturedef, request):
-                self._enter(item)
+                self._enter(item, [asking.fixturename for asking in request._iter_chain()])
             return (yield)
         if is_ours(fixturedef):
             return (yield)
@@ -192,42 +204,62 @@ class _States:
             self._start_clean(item, request)
         return course.vms[request]
 
-    def used(self, savepoints: "Savepoints", request: Request, holder: Holder) -> None:
+    def used(self, savepoints: "Savepoints", request: Request, scope: str) -> None:
         """Note a use of the machine of a wide fixture, and bring it to where it is used.
 
         Mostly it is there already. It is not when a test asked for it by `getfixturevalue`.
 
-        Raises:
-            ConfigError: a fixture uses it without asking for it.
+        A fixture that uses it without asking for it fails.
         """
+        __tracebackhide__ = True
         savepoints.machine.touched()
-        if self._being_made:
-            name, machines = self._being_made[-1]
-            if savepoints not in machines:
-                raise _hidden(name, FIXTURES[holder[0]])
-        elif self._item is not None and holder in savepoints.holders:
-            course = _course_of(self._item)
-            if course.is_in_test and request.domain not in course.entered:
-                self._hold(self._item, request, holder)
+        with run.told():
+            if self._being_made:
+                name, machines = self._being_made[-1]
+                if savepoints not in machines:
+                    raise _hidden(name, FIXTURES[scope])
+            elif self._item is not None and scope in savepoints.holders:
+                course = _course_of(self._item)
+                if course.is_in_test and request.domain not in course.entered:
+                    self._hold(self._item, request, scope)
 
-    def _enter(self, item: pytest.Item) -> None:
+    def _enter(self, item: pytest.Item, under_way: Sequence[str | None] = ()) -> None:
         """Bring the machines that wide fixtures hold to where the test starts.
 
         To be called when these are set up, before a fixture of the test itself uses the machine.
+        Preparations that an override of the test's own scope hides from pytest are set up now.
+        `under_way` are the names of the fixtures that are being set up.
         """
         course = _course_of(item)
         if course.is_in_test:
             return
         course.is_in_test = True
+        for definition in self._not_yet_asked_for(item):
+            if definition.argname not in under_way:
+                item._request.getfixturevalue(definition.argname)  # type: ignore[attr-defined]
         scopes = {definition.scope for definition in closure_of(item) if is_ours(definition)}
         wide = {self.request(item, scope).domain for scope in scopes - {"function"}}
         for request, scope in self._by_machine(item, scopes).items():
             if scope != "function":
-                self._hold(item, request, (scope, node_of(item, scope)))
+                self._hold(item, request, scope)
             elif request.domain in wide:  # else `vm` brings it there itself
                 self._start_clean(item, request)
 
+    def _not_yet_asked_for(self, item: pytest.Item) -> "list[Definition]":
+        """Return the preparations of a test that are to be set up still."""
+        active = _active(item)
+        return [
+            definition
+            for definition in closure_of(item)
+            if self._prepared_by(item, definition)
+            and definition not in active
+            and nearest(item, definition) not in active
+        ]
+
     def _start_clean(self, item: pytest.Item, request: Request) -> None:
+        for definition in self._not_yet_asked_for(item):
+            if request in self._prepared_by(item, definition):
+                raise _too_late(definition.argname, request.domain, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
         savepoints.start(state)
@@ -239,13 +271,24 @@ class _States:
             del course.vms[request]
             with run.told():
                 savepoints.undo(state)
+                self._refuse_what_came_late(item, request, state)
 
         item.addfinalizer(undo)
 
-    def _hold(self, item: pytest.Item, request: Request, holder: Holder) -> None:
+    def _refuse_what_came_late(self, item: pytest.Item, request: Request, state: "State") -> None:
+        """Refuse a preparation that the test asked for while `vm` was in use.
+
+        That it was made for another test before makes no difference.
+        """
+        for definition in _active(item):
+            made = self._made.get(definition, {}).get(request)
+            if made is not None and not state.is_on(made):
+                raise _too_late(definition.argname, request.domain, "vm", item.nodeid)
+
+    def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
-        savepoints.go_on(state, holder)
+        savepoints.go_on(state, scope)
         _course_of(item).entered[request.domain] = savepoints
 
     def _by_machine(self, item: pytest.Item, scopes: Iterable[str]) -> dict[Request, str]:
@@ -264,7 +307,7 @@ class _States:
             ConfigError: they were made on different states (`getfixturevalue` leads there).
         """
         state = self._savepoints(request).root(request.snapshot)
-        for definition in _active(item):
+        for definition in dict.fromkeys([*closure_of(item), *_active(item)]):
             made = self._made.get(definition, {}).get(request)
             if made is None or state.is_on(made):
                 continue
@@ -284,33 +327,40 @@ class _States:
     def _unmake_what_does_not_fit(self, item: pytest.Item) -> None:
         """Tear down the preparations of a test that were made on other states than it has.
 
-        pytest sets them up again, on those.
+        So are our own wide fixtures that give another machine than the test's markers and
+        parameters name. pytest sets all of them up again.
         """
+        __tracebackhide__ = True
         fitting: dict[Request, State] = {}
         unsure: set[Request] = set()
         misfits = []
-        for definition in closure_of(item) if self._made else ():
+        for definition in closure_of(item) if self.held else ():
+            if is_ours(definition) and definition.scope in self.held:
+                if self.held[definition.scope] != self.request(item, definition.scope):
+                    misfits.append(definition)
+                continue
             made = self._made.get(definition)
             requests = self._prepared_by(item, definition).keys()
             if (
                 made is not None
                 and made.keys() == requests
                 and not requests & unsure
-                and all(state.is_right_on(fitting.get(r)) for r, state in made.items())
+                and all(state.was_made_on(fitting.get(r)) for r, state in made.items())
             ):
                 fitting |= made
                 continue
             unsure |= requests
             if made is not None:
                 misfits.append(definition)
-        for definition in reversed(misfits):
-            definition.finish(item._request)  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as stack:  # all of them, whatever some raise
+            for definition in misfits:
+                stack.callback(definition.finish, item._request)  # type: ignore[attr-defined]
 
     def _prepared_by(self, item: pytest.Item, definition: "Definition") -> dict[Request, str]:
         """Return which machines a fixture prepares; none unless it is a preparation."""
         if definition.scope == "function" or is_ours(definition):
             return {}
-        scopes = {ours.scope for ours in asked_for_by(item, definition)}
+        scopes = {ours.scope for ours in closure_under(item, definition) if is_ours(ours)}
         return self._by_machine(item, scopes)
 
     @contextlib.contextmanager
@@ -332,6 +382,7 @@ class _States:
             definition.addfinalizer(partial(self._drop, definition))
         finalizers = len(definition._finalizers)
         self._being_made.append((definition.argname, set(machines.values())))
+        before = _active(item)
         try:
             yield
         except BaseException:
@@ -340,12 +391,28 @@ class _States:
             raise
         finally:
             self._being_made.pop()
+        with _unset_on_error(definition, request):
+            self._refuse_hidden(item, definition, before)
         if above:
             with _unset_on_error(definition, request):
                 self._keep(item, definition, above)
             if len(definition._finalizers) > finalizers:  # it has something to tear down
                 definition.addfinalizer(partial(self._resume, definition))
             self._tear_down_first(definition, request, above)
+
+    def _refuse_hidden(
+        self, item: pytest.Item, definition: "Definition", before: "list[Definition]"
+    ) -> None:
+        """Refuse what a wide fixture asked for by `getfixturevalue`: the next time nobody sees it.
+
+        Raises:
+            ConfigError: it is a wide fixture of ours, or a preparation.
+        """
+        named = closure_under(item, definition)
+        for other in reversed(_active(item)):  # the ones that ask for others come last
+            is_of_machine = other in self._made or (is_ours(other) and other.scope != "function")
+            if is_of_machine and other not in before and other not in named:
+                raise _hidden(definition.argname, other.argname)
 
     def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:
         in_use = {request.domain for request in _course_of(item).vms}
@@ -355,13 +422,7 @@ class _States:
             by = "vm"
         else:
             return
-        raise ConfigError(
-            f"the fixture {definition.argname!r} prepares the machine {wanted.domain!r},"
-            f" which {by!r} uses already",
-            where=item.nodeid,
-            cure=f"name {definition.argname} among the arguments of the test or fixture that asks"
-            " for it by getfixturevalue: then it comes first",
-        )
+        raise _too_late(definition.argname, wanted.domain, by, item.nodeid)
 
     def _keep(
         self, item: pytest.Item, definition: "Definition", above: "dict[Request, State]"
@@ -390,6 +451,7 @@ class _States:
         made = self._made[definition]
 
         def finish() -> None:
+            __tracebackhide__ = True
             if self._made.get(definition) is made:  # it was not torn down and made anew since
                 definition.finish(request)  # type: ignore[arg-type]
 

@@ -38,12 +38,19 @@ def closure_of(item: pytest.Item) -> "Closure":
     return walk.found
 
 
-def asked_for_by(item: pytest.Item, definition: "Definition") -> "frozenset[Definition]":
-    """Return our fixtures that a fixture of a test asks for, itself or through others."""
+def closure_under(item: pytest.Item, definition: "Definition") -> "Closure":
+    """Return a fixture of a test and those that it asks for; the rest like `closure_of`."""
     walk = _Walk(item)
     levels = walk.definitions(definition.argname)
     depth = len(levels) - levels.index(definition) if definition in levels else 1
-    return walk.visit(definition.argname, (definition.argname,) * (depth - 1))
+    walk.visit(definition.argname, (definition.argname,) * (depth - 1))
+    return walk.found
+
+
+def nearest(item: pytest.Item, definition: "Definition") -> "Definition":
+    """Return the fixture that a test gets by the name of this one: itself, or an override of it."""
+    levels = _Walk(item).definitions(definition.argname)
+    return levels[-1] if levels else definition
 
 
 class _Walk:

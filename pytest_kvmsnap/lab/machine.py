@@ -49,7 +49,7 @@ class Machine:
         self._settings = settings
         self._ready = means_of(domain, settings.ready)
         self._found = restore.look(domain)
-        self._states = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
+        self._powers = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
         self._baseline: str | None = None
         self._numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(1))
         self._stand: _Stand | None = None
@@ -89,14 +89,14 @@ class Machine:
 
     # the way to a state
 
-    def start(self, snapshot: str | None) -> str:
+    def start_of(self, snapshot: str | None) -> str:
         """Return the snapshot that tests start from: an existing one, or (None) the baseline.
 
         Raises:
             QuarantinedError: the machine failed before.
             MachineError: the baseline cannot be had; the machine is in quarantine from now on.
         """
-        if snapshot is not None and snapshot not in self._states:
+        if snapshot is not None and snapshot not in self._powers:
             raise SnapshotNotFoundError(
                 f"the snapshot {snapshot!r} was made after this run took the machine",
                 where=self.domain.where,
@@ -167,7 +167,7 @@ class Machine:
     def forget(self, snapshots: tuple[str, ...]) -> None:
         """Let go of snapshots that serve no more; the next revert deletes them."""
         for name in snapshots:
-            self._states.pop(name, None)
+            self._powers.pop(name, None)
             self._journal.taken.pop(name, None)
 
     def close(self) -> None:
@@ -239,22 +239,22 @@ class Machine:
     def _take(self, name: str) -> None:
         """Take a snapshot of ours, announced in the journal first."""
         space.check_space(self.domain)
-        self._journal.taken[name] = ""
+        self._journal.taken.setdefault(name, "")
         self._journal.save()
         try:
             taken = self.domain.take_snapshot(name, self._journal.description())
         except SnapshotError as error:
             raise space.explain(self.domain, error) from None
-        self._states[name] = taken.state
+        self._powers[name] = taken.state
         self._journal.taken[name] = self.domain.snapshot_xmls()[name]
         self._journal.save()
         self._stand = _Stand(name, self.domain.fingerprint())
 
     def _adopt(self) -> tuple[str, ...]:
         """Return the snapshots that somebody took by `VM.snapshot`, which are known from now on."""
-        unknown = [s for s in self.domain.snapshots() if s.name not in self._states]
+        unknown = [s for s in self.domain.snapshots() if s.name not in self._powers]
         for snapshot in unknown:
-            self._states[snapshot.name] = snapshot.state
+            self._powers[snapshot.name] = snapshot.state
         xmls = self.domain.snapshot_xmls() if unknown else {}
         self._journal.taken |= {snapshot.name: xmls[snapshot.name] for snapshot in unknown}
         return tuple(snapshot.name for snapshot in unknown)
@@ -305,9 +305,9 @@ class Machine:
         if is_used and self._marked is None and self._takes_marks():
             self.unproven.append(self._user)
         restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
-        restore.delete_unknown(self.domain, set(self._states))
+        restore.delete_unknown(self.domain, set(self._powers))
         self._check_state(snapshot)
-        if self._states[snapshot] == "running":
+        if self._powers[snapshot] == "running":
             self._arrive()
         self._stand = _Stand(snapshot, self.domain.fingerprint())
 
@@ -331,10 +331,10 @@ class Machine:
 
     def _check_state(self, snapshot: str) -> None:
         state, current = self.domain.state(), self.domain.current()
-        if (state, current) != (self._states[snapshot], snapshot):
+        if (state, current) != (self._powers[snapshot], snapshot):
             raise RevertError(
                 f"the machine is not where the revert to {snapshot!r} should have brought it",
                 where=self.domain.where,
                 why=f"it is {state} at the snapshot {current!r}; expected"
-                f" {self._states[snapshot]} at {snapshot!r}",
+                f" {self._powers[snapshot]} at {snapshot!r}",
             )

@@ -33,8 +33,8 @@ class State:
         """Tell whether it is another state, or was made from it, however indirectly."""
         return self is other or (self.above is not None and self.above.is_on(other))
 
-    def is_right_on(self, other: "State | None") -> bool:
-        """Tell whether it was made from just this state; None stands for a root."""
+    def was_made_on(self, other: "State | None") -> bool:
+        """Tell whether it was made right from this state; None stands for a root."""
         if other is None:
             return self.above is not None and self.above.above is None
         return self.above is other
@@ -76,7 +76,7 @@ class Savepoints:
         Raises:
             MachineError: the baseline cannot be had.
         """
-        name = self.machine.start(snapshot)
+        name = self.machine.start_of(snapshot)
         return self._roots.setdefault(name, State((name,)))
 
     def start(self, state: State) -> None:
