@@ -114,12 +114,13 @@ def _node_of(item: pytest.Item, scope: str) -> pytest.Item | pytest.Collector:
 def _parameter(item: pytest.Item, scope: str) -> object:
     """Return the parameter of our fixture of a scope, or of the next wider one that has any."""
     parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
-    ours = {definition.argname for definition in closure_of(item) if is_ours(definition)}
     scopes = list(FIXTURES)
-    for wider in scopes[scopes.index(scope) :]:
-        if FIXTURES[wider] in parameters and FIXTURES[wider] in ours:
-            return parameters[FIXTURES[wider]]
-    return None
+    wider = [FIXTURES[each] for each in scopes[scopes.index(scope) :]]
+    named = [name for name in wider if name in parameters]
+    if not named:  # so mostly, and a walk through the closure is saved
+        return None
+    ours = {definition.argname for definition in closure_of(item) if is_ours(definition)}
+    return next((parameters[name] for name in named if name in ours), None)
 
 
 def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> str | None:

@@ -127,8 +127,7 @@ def _requests_of(items: Sequence[pytest.Item], run_settings: Settings) -> list[R
     problems: dict[str, UsageProblem] = {}
     requests = []
     for item in items:
-        closure = closure_of(item)
-        for definition in filter(is_ours, closure):
+        for definition in filter(is_ours, closure_of(item)):
             try:
                 requests.append(request_of(item, definition.scope, run_settings))
             except ConfigError as problem:

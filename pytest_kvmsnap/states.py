@@ -245,20 +245,20 @@ class _States:
             elif request.domain in wide:  # else `vm` brings it there itself
                 self._start_clean(item, request)
 
-    def _not_yet_asked_for(self, item: pytest.Item) -> "list[Definition]":
-        """Return the preparations of a test that are to be set up still."""
+    def _not_yet_asked_for(self, item: pytest.Item) -> "dict[Definition, dict[Request, str]]":
+        """Return the preparations of a test that are to be set up still, with their machines."""
         active = _active(item)
-        return [
-            definition
-            for definition in closure_of(item)
-            if self._prepared_by(item, definition)
+        return {
+            definition: prepared
+            for definition, ours in closure_of(item).items()
+            if (prepared := self._prepared_by(item, definition, ours))
             and definition not in active
             and nearest(item, definition) not in active
-        ]
+        }
 
     def _start_clean(self, item: pytest.Item, request: Request) -> None:
-        for definition in self._not_yet_asked_for(item):
-            if request in self._prepared_by(item, definition):
+        for definition, prepared in self._not_yet_asked_for(item).items():
+            if request in prepared:
                 raise _too_late(definition.argname, request.domain, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
@@ -334,13 +334,13 @@ class _States:
         fitting: dict[Request, State] = {}
         unsure: set[Request] = set()
         misfits = []
-        for definition in closure_of(item) if self.held else ():
+        for definition, ours in closure_of(item).items() if self.held else ():
             if is_ours(definition) and definition.scope in self.held:
                 if self.held[definition.scope] != self.request(item, definition.scope):
                     misfits.append(definition)
                 continue
             made = self._made.get(definition)
-            requests = self._prepared_by(item, definition).keys()
+            requests = self._prepared_by(item, definition, ours).keys()
             if (
                 made is not None
                 and made.keys() == requests
@@ -356,12 +356,16 @@ class _States:
             for definition in misfits:
                 stack.callback(definition.finish, item._request)  # type: ignore[attr-defined]
 
-    def _prepared_by(self, item: pytest.Item, definition: "Definition") -> dict[Request, str]:
-        """Return which machines a fixture prepares; none unless it is a preparation."""
+    def _prepared_by(
+        self, item: pytest.Item, definition: "Definition", ours: "Iterable[Definition]"
+    ) -> dict[Request, str]:
+        """Return which machines a fixture prepares that asks for these of ours.
+
+        None unless it is a preparation.
+        """
         if definition.scope == "function" or is_ours(definition):
             return {}
-        scopes = {ours.scope for ours in closure_under(item, definition) if is_ours(ours)}
-        return self._by_machine(item, scopes)
+        return self._by_machine(item, {each.scope for each in ours})
 
     @contextlib.contextmanager
     def _preparation(
@@ -370,8 +374,9 @@ class _States:
         """Set up a wide fixture; if it is a preparation, keep the states that it makes."""
         __tracebackhide__ = True
         above: dict[Request, State] = {}
+        named = closure_under(item, definition)
         with _unset_on_error(definition, request):
-            for wanted in self._prepared_by(item, definition):
+            for wanted in self._prepared_by(item, definition, named[definition]):
                 self._refuse_in_use(item, wanted, definition)
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
@@ -392,7 +397,7 @@ class _States:
         finally:
             self._being_made.pop()
         with _unset_on_error(definition, request):
-            self._refuse_hidden(item, definition, before)
+            self._refuse_hidden(item, definition, {*named, *before})
         if above:
             with _unset_on_error(definition, request):
                 self._keep(item, definition, above)
@@ -401,17 +406,18 @@ class _States:
             self._tear_down_first(definition, request, above)
 
     def _refuse_hidden(
-        self, item: pytest.Item, definition: "Definition", before: "list[Definition]"
+        self, item: pytest.Item, definition: "Definition", known: "set[Definition]"
     ) -> None:
         """Refuse what a wide fixture asked for by `getfixturevalue`: the next time nobody sees it.
+
+        `known` are the fixtures that it names, and those that were in use before it.
 
         Raises:
             ConfigError: it is a wide fixture of ours, or a preparation.
         """
-        named = closure_under(item, definition)
         for other in reversed(_active(item)):  # the ones that ask for others come last
             is_of_machine = other in self._made or (is_ours(other) and other.scope != "function")
-            if is_of_machine and other not in before and other not in named:
+            if is_of_machine and other not in known:
                 raise _hidden(definition.argname, other.argname)
 
     def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:

@@ -67,7 +67,7 @@ class Savepoints:
 
     @property
     def is_idle(self) -> bool:
-        """Whether between two tests nobody needs the machine as it is; its quarantine counts."""
+        """Whether nobody needs the machine between two tests. One in quarantine stays with us."""
         return not self.holders and not self.machine.has_failed
 
     def root(self, snapshot: str | None) -> State:
@@ -128,7 +128,7 @@ class Savepoints:
             self.start(state)
 
     def drop(self, state: State) -> None:
-        """Let go of a state whose preparation is torn down, or of a line's."""
+        """Let go of a state whose preparation is torn down, and of the lines on it."""
         self._drop_lines([line for line in self._lines if line.state is state])
         self.machine.forget(state.snapshots)
         if self._at is state:

@@ -191,6 +191,17 @@ def test_a_lock_whose_file_was_removed_meanwhile_excludes_others_all_the_same(
     assert not other.try_take()
 
 
+def test_a_release_leaves_the_lock_of_the_next_one_alone(path: Path, lease: Lease) -> None:
+    """Ours removes the file first; somebody may make and lock another before the rest is done."""
+    assert lease.try_take()
+    path.with_suffix(".lock").unlink()
+    following = Lease.beside(path)
+    assert following.try_take()
+    lease._lock.release()
+    assert not Lease.beside(path).try_take()
+    following.release()
+
+
 def test_a_lock_is_private(path: Path, lease: Lease) -> None:
     assert lease.try_take()
     assert path.with_suffix(".lock").stat().st_mode & 0o777 == 0o600
