@@ -1,6 +1,7 @@
 """A guest agent whose guest is this computer: commands and files are real, the machine is not."""
 
 import base64
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -67,8 +68,10 @@ class LocalGuest:
         except OSError as error:
             raise libvirt.libvirtError(f"Guest agent command failed: {error}") from None
         assert process.stdin is not None
-        process.stdin.write(base64.b64decode(more.get("input-data", "")))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended without reading; the agent lets it
+            process.stdin.write(base64.b64decode(more.get("input-data", "")))
+        with contextlib.suppress(BrokenPipeError):  # so does what was buffered until now
+            process.stdin.close()
         process.stdin = None
         self.processes[process.pid] = process
         return {"pid": process.pid}

@@ -46,6 +46,11 @@ def test_input_and_environment_are_passed_on(agent: Agent) -> None:
     assert done.stdout == b"in\0a=b"
 
 
+def test_a_command_need_not_read_its_input(agent: Agent) -> None:
+    more_than_a_pipe_holds = b"x" * 200_000
+    assert agent.run(["true"], stdin=more_than_a_pipe_holds) == Finished(0, b"", b"")
+
+
 def test_a_command_that_cannot_be_started_is_told(agent: Agent) -> None:
     with pytest.raises(AgentError, match="the guest agent did not do guest-exec") as caught:
         agent.run(["/nonexistent/command"])
