@@ -1,14 +1,17 @@
 """The markers as typed functions, and the `Request` that markers and options come to."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import pytest
 
 from pytest_kvmsnap.errors import ConfigError
+from pytest_kvmsnap.golden import Golden, NamedFile, format_of
 from pytest_kvmsnap.settings import Settings
+from pytest_kvmsnap.sizes import parse_size
 from pytest_kvmsnap.usage import closure_of, is_ours
 
 
@@ -26,7 +29,24 @@ def kvm_snapshot(name: str) -> None:
     _check_names(name)
 
 
-MARKERS: tuple[Callable[..., None], ...] = (kvm_domain, kvm_snapshot)
+def kvm_golden(
+    image: str,
+    *,
+    memory: str | None = None,
+    vcpus: int | None = None,
+    template: str | None = None,
+) -> None:
+    """Run on a throwaway machine on a thin copy of this image."""
+    for file in (image, template):
+        if file is not None and not isinstance(file, PurePath):
+            _check_names(file)
+    if memory is not None:
+        _bytes(memory)
+    if vcpus is not None:
+        _check_count(vcpus)
+
+
+MARKERS: tuple[Callable[..., None], ...] = (kvm_domain, kvm_snapshot, kvm_golden)
 
 FIXTURES = {
     "function": "vm",
@@ -43,11 +63,28 @@ def _check_names(*names: object) -> None:
             raise TypeError(f"a name must be text, not {name!r}")
 
 
+def _check_count(vcpus: object) -> None:
+    if not isinstance(vcpus, int) or isinstance(vcpus, bool) or vcpus < 1:
+        raise TypeError(f"vcpus must be a number of processors, not {vcpus!r}")
+
+
+def _bytes(memory: object) -> int:
+    if not isinstance(memory, str):
+        raise TypeError(f'memory must be a size with its unit, such as "2 GiB", not {memory!r}')
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise TypeError(f"memory: {error}") from None
+
+
 @dataclass(frozen=True)
 class Request:
-    """Which machine a test wants, and in which state: None stands for the machine's baseline."""
+    """Which machine a test wants, and in which state: None stands for the machine's baseline.
 
-    domain: str
+    The machine is a domain, by its name, or a throwaway one on a golden image.
+    """
+
+    machine: str | Golden
     snapshot: str | None = None
 
 
@@ -69,34 +106,114 @@ def request_of(item: pytest.Item, scope: str, settings: Settings) -> Request:
 
     A wider fixture sees the markers of its own node and those above it only. The nearer marker wins
     and any marker beats the options. The value of an indirect parametrization, a domain's name,
-    beats both; it holds for the narrower fixtures of the test too.
+    beats both; it holds for the narrower fixtures of the test too. A golden image and a domain (or
+    a snapshot of one) replace each other.
 
     Raises:
-        ConfigError: wrong arguments, or no domain is named anywhere.
+        ConfigError: wrong arguments, markers that contradict each other, a file that is not there,
+            or no machine is named anywhere.
     """
     node = _node_of(item, scope)
     parameter = _parameter(item, scope)
-    domain = _nearest(node, kvm_domain) or settings.domain
-    if parameter is not None:
-        if not isinstance(parameter, str) or not parameter.strip():
-            raise ConfigError(
-                "a parameter of vm must be a domain's name",
-                where=item.nodeid,
-                why=f"got {parameter!r}",
-                cure='parametrize("vm", ["centos7", "debian12"], indirect=True)',
-            )
-        domain = parameter
-    if domain is None:
+    if parameter is not None and (not isinstance(parameter, str) or not parameter.strip()):
         raise ConfigError(
-            "no machine is named for a test that asks for one",
+            "a parameter of vm must be a domain's name",
             where=item.nodeid,
-            why=f"{FIXTURES[scope]} sees the markers of {_SEEN[scope]} only"
-            if scope != "function" and _nearest(item, kvm_domain)
-            else "",
-            cure='mark it with @pytest.mark.kvm_domain("NAME"), or give --kvmsnap-domain NAME'
-            " (ini: kvmsnap_domain)",
+            why=f"got {parameter!r}",
+            cure='parametrize("vm", ["centos7", "debian12"], indirect=True)',
         )
-    return Request(domain, _nearest(node, kvm_snapshot) or settings.snapshot)
+    domain, snapshot, golden = (_nearest(node, marker) for marker in MARKERS)
+    if parameter is None and golden is not None and not _is_replaced(golden, domain, snapshot):
+        return Request(_golden_of(golden, settings))
+    named = parameter or (domain.value if domain is not None else settings.domain)
+    if named is None and snapshot is None and settings.golden is not None:
+        return Request(_golden_of_options(settings))
+    if named is None:
+        raise _unnamed(item, scope, snapshot)
+    return Request(named, snapshot.value if snapshot is not None else settings.snapshot)
+
+
+def requests_of(
+    item: pytest.Item, scopes: Collection[str], settings: Settings
+) -> dict[Request, str]:
+    """Return what our fixtures of these scopes come to: for each machine the narrowest one.
+
+    Raises:
+        ConfigError: as `request_of`.
+    """
+    narrowest: dict[str | Golden, tuple[Request, str]] = {}
+    for scope in FIXTURES:
+        if scope in scopes:
+            request = request_of(item, scope, settings)
+            narrowest.setdefault(request.machine, (request, scope))
+    return dict(narrowest.values())
+
+
+def _is_replaced(golden: "_Marked", *others: "_Marked | None") -> bool:
+    """Tell whether a marker that is nearer to the test asks for something else.
+
+    Raises:
+        ConfigError: one on the same node does.
+    """
+    for other in others:
+        if other is not None and other.node is golden.node:
+            raise ConfigError(
+                f"{other.name} and kvm_golden contradict each other",
+                where=golden.node.nodeid,
+                why="a golden image gives a throwaway machine, which is no domain of yours and has"
+                " no snapshots of yours",
+                cure="use one of the two here; on a nearer class or test it replaces the other",
+            )
+    return any(other is not None and other.depth > golden.depth for other in others)
+
+
+def _golden_of(marked: "_Marked", settings: Settings) -> Golden:
+    path = marked.node.path
+    given = marked.arguments
+    template = given.get("template")
+    return _golden(
+        NamedFile(str(given["image"]), path if path.is_dir() else path.parent),
+        NamedFile(str(template), path if path.is_dir() else path.parent) if template else None,
+        settings,
+        marked.node.nodeid,
+        memory=_bytes(given["memory"]) if given.get("memory") is not None else None,
+        vcpus=given.get("vcpus"),
+    )
+
+
+def _golden_of_options(settings: Settings) -> Golden:
+    assert settings.golden is not None  # noqa: S101 - for mypy
+    return _golden(settings.golden, settings.template, settings, settings.origins["golden"])
+
+
+def _golden(
+    image: NamedFile,
+    template: NamedFile | None,
+    settings: Settings,
+    where: str,
+    *,
+    memory: int | None = None,
+    vcpus: int | None = None,
+) -> Golden:
+    path = image.find("golden image", settings.image_path, where)
+    found = template.find("template", settings.image_path, where) if template else None
+    folders = (path.parent, path.resolve().parent, *settings.image_path)
+    return Golden(path.resolve(), format_of(path, where), memory, vcpus, found, folders)
+
+
+def _unnamed(item: pytest.Item, scope: str, snapshot: "_Marked | None") -> ConfigError:
+    why = ""
+    if snapshot is not None:
+        why = f"kvm_snapshot({snapshot.value!r}) is a snapshot of a domain, not of a golden image"
+    elif scope != "function" and (_nearest(item, kvm_domain) or _nearest(item, kvm_golden)):
+        why = f"{FIXTURES[scope]} sees the markers of {_SEEN[scope]} only"
+    return ConfigError(
+        "no machine is named for a test that asks for one",
+        where=item.nodeid,
+        why=why,
+        cure='mark it with @pytest.mark.kvm_domain("NAME"), or give --kvmsnap-domain NAME'
+        " (ini: kvmsnap_domain); or with kvm_golden(IMAGE) for a throwaway machine",
+    )
 
 
 def _node_of(item: pytest.Item, scope: str) -> pytest.Item | pytest.Collector:
@@ -123,7 +240,22 @@ def _parameter(item: pytest.Item, scope: str) -> object:
     return next((parameters[name] for name in named if name in ours), None)
 
 
-def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> str | None:
+class _Marked(NamedTuple):
+    """A marker with what was given to it; `depth` is how near to the test its node is."""
+
+    name: str
+    node: pytest.Item | pytest.Collector
+    depth: int
+    arguments: dict[str, Any]
+
+    @property
+    def value(self) -> str:
+        """The name that it gives."""
+        given = next(iter(self.arguments.values()))
+        return str(given[0] if isinstance(given, tuple) else given)
+
+
+def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> _Marked | None:
     for holder, first in node.iter_markers_with_node(marker.__name__):
         mark = _of_derived_class(holder, first)
         try:
@@ -137,9 +269,9 @@ def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) 
                 why=str(error),
                 cure=f"the marker is {signature(marker)}: {marker.__doc__}",
             ) from None
-        value = bound.args[0]
-        assert isinstance(value, str)  # noqa: S101 - checked by the marker just called
-        return value
+        assert isinstance(holder, pytest.Item | pytest.Collector)  # noqa: S101 - for mypy
+        depth = len(holder.listchain())
+        return _Marked(marker.__name__, holder, depth, bound.arguments)
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 from _pytest.main import wrap_session
 from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
 
-from pytest_kvmsnap import hooks, markers, run, states, xdist
+from pytest_kvmsnap import hooks, markers, plan, run, states, xdist
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(
             option.flag,
             dest=f"kvmsnap_{option.key}",
-            action="append" if option.name == "domain" else "store",
+            action="append" if option.may_repeat else "store",
             default=None,
             metavar=option.metavar,
             help=text.replace("%", "%%"),
@@ -41,9 +41,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="undo what dead runs left on machines of this host, print it, run no test",
     )
+    group.addoption(
+        "--kvmsnap-plan",
+        action="store_true",
+        help="print for each test its machine, state and image, then what would be converted and"
+        " what stands in the way; start and change nothing, run no test",
+    )
+    group.addoption(
+        "--kvmsnap-plan-format",
+        choices=("table", "json"),
+        default="table",
+        help="for people or for programs (default: table)",
+    )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("kvmsnap_plan"):
+        xdist.stay_in_one_process(config)
+        if config.getoption("kvmsnap_plan_format") == "json":
+            config.option.verbose = -2  # nothing but the plan
+            config.option.no_header = config.option.no_summary = True
     for line in markers.marker_lines():
         config.addinivalue_line("markers", line)
     with _usage_errors():
@@ -59,8 +77,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
     if not config.getoption("kvmsnap_clean"):
         return None
-    if hasattr(config.option, "dist"):
-        config.option.dist = "no"  # pytest-xdist would start its workers, which have nothing to do
+    xdist.stay_in_one_process(config)
     return wrap_session(config, _clean)
 
 
@@ -71,6 +88,11 @@ def _clean(config: pytest.Config, session: pytest.Session) -> int:  # noqa: ARG0
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    if session.config.getoption("kvmsnap_plan") and not _will_run_nothing(session):
+        with _usage_errors():
+            plan.show(session.config, _tests_with_machines(session))
+        session.items.clear()
+        return (yield)
     if not xdist.is_worker(session.config):
         with _usage_errors():
             _check_machines(session)
@@ -96,10 +118,14 @@ def pytest_testnodedown(node: object) -> None:
 def _check_machines(session: pytest.Session) -> None:
     if _will_run_nothing(session):
         return
-    items = [item for item in session.items if uses_our_machine(item) and _will_run(item)]
+    items = _tests_with_machines(session)
     if items:
         run.check_machines(session.config, items)
         states.states_of(session.config)
+
+
+def _tests_with_machines(session: pytest.Session) -> list[pytest.Item]:
+    return [item for item in session.items if uses_our_machine(item) and _will_run(item)]
 
 
 @contextlib.contextmanager
@@ -131,7 +157,8 @@ def _will_run(item: pytest.Item) -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Leave the machines as they were found, after the last fixture is torn down."""
-    if not run.close(session.config) and session.exitstatus in (
+    is_well = run.close(session.config) and not plan.is_blocked(session.config)
+    if not is_well and session.exitstatus in (
         pytest.ExitCode.OK,
         pytest.ExitCode.NO_TESTS_COLLECTED,
     ):

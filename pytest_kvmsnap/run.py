@@ -15,7 +15,8 @@ from pytest_kvmsnap.settings import OPTIONS, Settings
 from pytest_kvmsnap.usage import closure_of, is_ours
 
 if TYPE_CHECKING:
-    from pytest_kvmsnap.lab.lab import Lab, Voice
+    from pytest_kvmsnap.lab.lab import Lab
+    from pytest_kvmsnap.lab.voice import Voice
 
 _SETTINGS = pytest.StashKey[Settings]()
 _LAB = pytest.StashKey["Lab"]()
@@ -24,7 +25,7 @@ _CLOSING = pytest.StashKey[list[str]]()
 
 def settings_without_hook(config: pytest.Config) -> Settings:
     """Return what command line and ini come to, so that a wrong value is told at once."""
-    return settings.resolve(_command_line(config), {}, _ini(config))
+    return settings.resolve(_command_line(config), {}, _ini(config), _folders(config))
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -32,8 +33,18 @@ def settings_of(config: pytest.Config) -> Settings:
     if _SETTINGS not in config.stash:
         returned: object = config.hook.pytest_kvmsnap_lab(config=config)
         hook = settings.hook_values(returned)
-        config.stash[_SETTINGS] = settings.resolve(_command_line(config), hook, _ini(config))
+        resolved = settings.resolve(_command_line(config), hook, _ini(config), _folders(config))
+        settings.check_complete(resolved)
+        config.stash[_SETTINGS] = resolved
     return config.stash[_SETTINGS]
+
+
+def _folders(config: pytest.Config) -> settings.Folders:
+    return settings.Folders(
+        command_line=config.invocation_params.dir,
+        hook=config.rootpath,
+        ini=config.inipath.parent if config.inipath is not None else config.rootpath,
+    )
 
 
 def _command_line(config: pytest.Config) -> dict[str, object]:
@@ -78,25 +89,37 @@ def _lab_class() -> "type[Lab]":
     return Lab
 
 
+def _uncaptured(config: pytest.Config) -> contextlib.AbstractContextManager[None]:
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    return capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
+
+
+def write(config: pytest.Config, text: str) -> None:
+    """Write what was asked for to the standard output, with a terminal or without."""
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    with _uncaptured(config):
+        if terminal is None:
+            sys.stdout.write(f"{text}\n")
+        else:
+            terminal.ensure_newline()
+            terminal.write_line(text)
+
+
 def voice(config: pytest.Config) -> "Voice":
     """Return how the lab speaks: through pytest's terminal, past its capture."""
-    from pytest_kvmsnap.lab.lab import Voice
+    from pytest_kvmsnap.lab.voice import Voice
 
     terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
-    capture: Any = config.pluginmanager.get_plugin("capturemanager")
-    uncaptured = (
-        capture.global_and_fixture_disabled if capture is not None else contextlib.nullcontext
-    )
 
     def line(text: str) -> None:
         if terminal is not None:
-            with uncaptured():
+            with _uncaptured(config):
                 terminal.ensure_newline()
                 terminal.write_line(f"kvmsnap: {text}")
 
     def progress(what: str, percent: float) -> None:
         if terminal is not None and terminal.isatty:
-            with uncaptured():
+            with _uncaptured(config):
                 terminal.rewrite(f"kvmsnap: converting {what} {percent:3.0f} %", erase=True)
                 sys.stdout.flush()
 

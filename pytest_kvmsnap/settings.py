@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pytest_kvmsnap.errors import ConfigError
+from pytest_kvmsnap.golden import NamedFile
 
 HOOK = "pytest_kvmsnap_lab"
 
@@ -24,6 +25,21 @@ def _path(value: str) -> Path:
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
+
+
+def _file(value: str, folder: Path) -> NamedFile:
+    return NamedFile(_text(value), folder)
+
+
+def _folders(value: str, folder: Path) -> tuple[Path, ...]:
+    parts = [part.strip() for part in re.split(rf"[{os.pathsep}\n]", value)]
+    folders = tuple(folder / Path(part).expanduser() for part in parts if part)
+    if not folders:
+        raise ValueError("must not be empty")
+    for each in folders:
+        if not each.is_dir():
+            raise ValueError(f"there is no folder {each}")
+    return folders
 
 
 def _one_domain(value: str) -> str:
@@ -61,14 +77,19 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Option:
-    """One option: `--kvmsnap-NAME`, ini `kvmsnap_NAME`, or NAME in the mapping of the lab hook."""
+    """One option: `--kvmsnap-NAME`, ini `kvmsnap_NAME`, or NAME in the mapping of the lab hook.
+
+    `parse` of one that names files gets the folder too that they are relative to.
+    """
 
     name: str
-    parse: Callable[[str], object]
+    parse: Callable[..., object]
     default: object
     default_text: str
     help: str
     metavar: str
+    names_files: bool = False
+    may_repeat: bool = False
 
     @property
     def key(self) -> str:
@@ -99,6 +120,7 @@ OPTIONS = (
         "none",
         "machine for tests without the marker kvm_domain",
         "NAME",
+        may_repeat=True,
     ),
     Option(
         "snapshot",
@@ -107,6 +129,34 @@ OPTIONS = (
         "a fresh one",
         "start tests without the marker kvm_snapshot from this existing snapshot",
         "NAME",
+    ),
+    Option(
+        "golden",
+        _file,
+        None,
+        "none",
+        "image for tests without a marker: they get a throwaway machine on a thin copy of it",
+        "IMAGE",
+        names_files=True,
+    ),
+    Option(
+        "template",
+        _file,
+        None,
+        "a built-in machine",
+        "domain XML for the golden image's machine; its first disk is replaced",
+        "FILE",
+        names_files=True,
+    ),
+    Option(
+        "image-path",
+        _folders,
+        (),
+        "the folder of the file that names the image",
+        "folders to search for golden images and templates too",
+        "DIRS",
+        names_files=True,
+        may_repeat=True,
     ),
     Option(
         "convert",
@@ -186,6 +236,9 @@ class Settings:
     uri: str | None = None
     domain: str | None = None
     snapshot: str | None = None
+    golden: NamedFile | None = None
+    template: NamedFile | None = None
+    image_path: tuple[Path, ...] = ()
     convert: Literal["auto", "check", "never"] = "auto"
     live: bool = True
     verify: Literal["canary", "state"] = "canary"
@@ -197,8 +250,19 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
+class Folders(NamedTuple):
+    """What relative paths are relative to, by where they are given."""
+
+    command_line: Path = Path()
+    hook: Path = Path()
+    ini: Path = Path()
+
+
 def resolve(
-    command_line: Mapping[str, object], hook: Mapping[str, object], ini: Mapping[str, object]
+    command_line: Mapping[str, object],
+    hook: Mapping[str, object],
+    ini: Mapping[str, object],
+    folders: Folders | None = None,
 ) -> Settings:
     """Return the settings: command line over hook over ini over default.
 
@@ -207,20 +271,62 @@ def resolve(
     Raises:
         ConfigError: a value is wrong; the message names where it was given.
     """
+    folders = folders or Folders()
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    levels: dict[str, int] = {}
     for option in OPTIONS:
         sources = (
-            (option.flag, command_line.get(option.key)),
-            (f"{option.name!r} from the hook {HOOK}", hook.get(option.key)),
-            (f"{option.ini} in ini", ini.get(option.key)),
+            (option.flag, command_line.get(option.key), folders.command_line),
+            (f"{option.name!r} from the hook {HOOK}", hook.get(option.key), folders.hook),
+            (f"{option.ini} in ini", ini.get(option.key), folders.ini),
         )
-        for origin, given in sources:
+        for level, (origin, given, folder) in enumerate(sources):
             if given is not None:
-                values[option.key] = _parsed(option, origin, given)
+                values[option.key] = _parsed(option, origin, given, folder)
                 origins[option.key] = origin
+                levels[option.key] = level
                 break
+    for key in _replaced(origins, levels):
+        del values[key], origins[key]
     return Settings(**values, origins=origins)
+
+
+def check_complete(settings: Settings) -> None:
+    """Refuse what makes no sense alone, once all sources were asked.
+
+    Raises:
+        ConfigError: a template is given without its golden image.
+    """
+    if settings.template is not None and settings.golden is None:
+        raise ConfigError(
+            f"{settings.origins['template']} has no golden image to go with",
+            cure="give --kvmsnap-golden too, or name the template in the marker:"
+            " kvm_golden(image, template=…)",
+        )
+
+
+def _replaced(origins: Mapping[str, str], levels: Mapping[str, int]) -> set[str]:
+    """Return which of the options that choose a machine are replaced by a stronger other one.
+
+    Raises:
+        ConfigError: a golden image and a domain, or a snapshot of one, are given side by side.
+    """
+    others = [key for key in ("domain", "snapshot") if key in levels]
+    if "golden" not in levels or not others:
+        return set()
+    golden = levels["golden"]
+    for key in others:
+        if levels[key] == golden:
+            raise ConfigError(
+                f"{origins['golden']} and {origins[key]} contradict each other",
+                why="a golden image gives a throwaway machine, which is no domain of yours and has"
+                " no snapshots of yours",
+                cure="give one of the two; markers can name the other for single tests",
+            )
+    if min(levels[key] for key in others) < golden:
+        return {"golden", "template"} & levels.keys()
+    return set(others)
 
 
 def hook_values(returned: object) -> dict[str, object]:
@@ -250,15 +356,15 @@ def hook_values(returned: object) -> dict[str, object]:
     return values
 
 
-def _parsed(option: Option, origin: str, given: object) -> object:
-    if isinstance(given, list):  # --kvmsnap-domain may be repeated
-        if len(given) > 1:
+def _parsed(option: Option, origin: str, given: object, folder: Path) -> object:
+    if isinstance(given, list | tuple):  # repeated on the command line, or by the hook
+        if option.name == "domain" and len(given) > 1:
             raise ConfigError(
                 f"wrong value for {origin}",
                 why=f"{', '.join(map(repr, given))}: several (a pool) are not supported yet",
                 cure="name one domain, or mark tests with kvm_domain",
             )
-        given = given[0]
+        given = "\n".join(map(str, given)) if option.may_repeat else given
     if isinstance(given, bool):
         given = "yes" if given else "no"
     if not isinstance(given, str | int | float | os.PathLike):
@@ -266,7 +372,7 @@ def _parsed(option: Option, origin: str, given: object) -> object:
             f"wrong value for {origin}", why=f"{given!r}: must be text, a number or a path"
         )
     try:
-        return option.parse(str(given))
+        return option.parse(str(given), folder) if option.names_files else option.parse(str(given))
     except ValueError as error:
         raise ConfigError(
             f"wrong value for {origin}",

@@ -8,7 +8,7 @@ those of a test is torn down first, and made anew.
 """
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ import pytest
 
 from pytest_kvmsnap import run
 from pytest_kvmsnap.errors import ConfigError
-from pytest_kvmsnap.markers import FIXTURES, Request, request_of
+from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
 from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
+    from pytest_kvmsnap.golden import Golden
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
+    from pytest_kvmsnap.settings import Settings
     from pytest_kvmsnap.usage import Definition
     from pytest_kvmsnap.vm import VM
 
@@ -45,7 +47,7 @@ def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
         wanted = states.request(_item_of(request), request.scope)
         savepoints = run.lab_of(request.config).savepoints(wanted)
     scope = request.scope
-    states.held[scope] = wanted
+    states.held[scope] = (wanted, savepoints)
     savepoints.holders.add(scope)
     yield savepoints.machine.vm(partial(states.used, savepoints, wanted, scope))
     del states.held[scope]
@@ -67,6 +69,18 @@ def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
 
 def _course_of(item: pytest.Item) -> "_Course":
     return item.stash.setdefault(_COURSE, _Course(is_in_test=True))  # else we saw its set-up
+
+
+def prepared_by(
+    item: pytest.Item, definition: "Definition", ours: "Iterable[Definition]", settings: "Settings"
+) -> dict[Request, str]:
+    """Return which machines a fixture prepares that asks for these of ours.
+
+    None unless it is a preparation.
+    """
+    if definition.scope == "function" or is_ours(definition):
+        return {}
+    return requests_of(item, {each.scope for each in ours}, settings)
 
 
 def _active(item: pytest.Item) -> "list[Definition]":
@@ -102,9 +116,10 @@ def _hidden(fixture: str, asked_for: str) -> ConfigError:
     )
 
 
-def _too_late(fixture: str, machine: str, by: str, where: str) -> ConfigError:
+def _too_late(fixture: str, request: Request, by: str, where: str) -> ConfigError:
     return ConfigError(
-        f"the fixture {fixture!r} prepares the machine {machine!r}, which {by!r} uses already",
+        f"the fixture {fixture!r} prepares the machine {str(request.machine)!r}, which {by!r} uses"
+        " already",
         where=where,
         cure=f"name {fixture} among the arguments of the test or fixture that asks for it late (by"
         " getfixturevalue, or in an override), before others: then it comes first",
@@ -116,17 +131,18 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts, by domain.
+    machines that `vm` gave, `entered` those that were brought to where the test starts.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
-    entered: "dict[str, Savepoints]" = field(default_factory=dict)
+    entered: "dict[str | Golden, Savepoints]" = field(default_factory=dict)
 
 
 class _States:
     def __init__(self, config: pytest.Config) -> None:
-        self.held: dict[str, Request] = {}  # by ours that are wide, by their scope
+        # by ours that are wide, by their scope
+        self.held: dict[str, tuple[Request, Savepoints]] = {}
         self._config = config
         self._made: dict[Definition, dict[Request, State]] = {}
         self._being_made: list[tuple[str, set[Savepoints]]] = []
@@ -141,6 +157,7 @@ class _States:
         self._item = item
         item.stash[_COURSE] = _Course()
         with run.told():
+            run.lab_of(self._config).replace_failed_clones()
             self._unmake_what_does_not_fit(item)
         result = yield
         with run.told():
@@ -220,7 +237,7 @@ class _States:
                     raise _hidden(name, FIXTURES[scope])
             elif self._item is not None and scope in savepoints.holders:
                 course = _course_of(self._item)
-                if course.is_in_test and request.domain not in course.entered:
+                if course.is_in_test and request.machine not in course.entered:
                     self._hold(self._item, request, scope)
 
     def _enter(self, item: pytest.Item, under_way: Sequence[str | None] = ()) -> None:
@@ -238,11 +255,11 @@ class _States:
             if definition.argname not in under_way:
                 item._request.getfixturevalue(definition.argname)  # type: ignore[attr-defined]
         scopes = {definition.scope for definition in closure_of(item) if is_ours(definition)}
-        wide = {self.request(item, scope).domain for scope in scopes - {"function"}}
+        wide = {self.request(item, scope).machine for scope in scopes - {"function"}}
         for request, scope in self._by_machine(item, scopes).items():
             if scope != "function":
                 self._hold(item, request, scope)
-            elif request.domain in wide:  # else `vm` brings it there itself
+            elif request.machine in wide:  # else `vm` brings it there itself
                 self._start_clean(item, request)
 
     def _not_yet_asked_for(self, item: pytest.Item) -> "dict[Definition, dict[Request, str]]":
@@ -259,13 +276,13 @@ class _States:
     def _start_clean(self, item: pytest.Item, request: Request) -> None:
         for definition, prepared in self._not_yet_asked_for(item).items():
             if request in prepared:
-                raise _too_late(definition.argname, request.domain, "vm", item.nodeid)
+                raise _too_late(definition.argname, request, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
         savepoints.start(state)
         course = _course_of(item)
         course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
-        course.entered[request.domain] = savepoints
+        course.entered[request.machine] = savepoints
 
         def undo() -> None:
             del course.vms[request]
@@ -283,22 +300,16 @@ class _States:
         for definition in _active(item):
             made = self._made.get(definition, {}).get(request)
             if made is not None and not state.is_on(made):
-                raise _too_late(definition.argname, request.domain, "vm", item.nodeid)
+                raise _too_late(definition.argname, request, "vm", item.nodeid)
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
         savepoints.go_on(state, scope)
-        _course_of(item).entered[request.domain] = savepoints
+        _course_of(item).entered[request.machine] = savepoints
 
-    def _by_machine(self, item: pytest.Item, scopes: Iterable[str]) -> dict[Request, str]:
-        """Return what our fixtures of these scopes come to: for each machine the narrowest one."""
-        narrowest: dict[str, tuple[Request, str]] = {}
-        for scope in FIXTURES:
-            if scope in scopes:
-                request = self.request(item, scope)
-                narrowest.setdefault(request.domain, (request, scope))
-        return dict(narrowest.values())
+    def _by_machine(self, item: pytest.Item, scopes: Collection[str]) -> dict[Request, str]:
+        return requests_of(item, scopes, run.settings_of(self._config))
 
     def _state(self, item: pytest.Item, request: Request) -> "State":
         """Return the innermost state that the test's own fixtures made, else the machine's root.
@@ -328,7 +339,8 @@ class _States:
         """Tear down the preparations of a test that were made on other states than it has.
 
         So are our own wide fixtures that give another machine than the test's markers and
-        parameters name. pytest sets all of them up again.
+        parameters name, and what was made on a throwaway machine that is no more. pytest sets all
+        of them up again.
         """
         __tracebackhide__ = True
         fitting: dict[Request, State] = {}
@@ -336,7 +348,9 @@ class _States:
         misfits = []
         for definition, ours in closure_of(item).items() if self.held else ():
             if is_ours(definition) and definition.scope in self.held:
-                if self.held[definition.scope] != self.request(item, definition.scope):
+                wanted, savepoints = self.held[definition.scope]
+                is_there = run.lab_of(self._config).current(wanted) is savepoints
+                if not is_there or wanted != self.request(item, definition.scope):
                     misfits.append(definition)
                 continue
             made = self._made.get(definition)
@@ -345,7 +359,10 @@ class _States:
                 made is not None
                 and made.keys() == requests
                 and not requests & unsure
-                and all(state.was_made_on(fitting.get(r)) for r, state in made.items())
+                and all(
+                    state.was_made_on(fitting.get(r)) and self._keeper(r, state) is not None
+                    for r, state in made.items()
+                )
             ):
                 fitting |= made
                 continue
@@ -359,13 +376,7 @@ class _States:
     def _prepared_by(
         self, item: pytest.Item, definition: "Definition", ours: "Iterable[Definition]"
     ) -> dict[Request, str]:
-        """Return which machines a fixture prepares that asks for these of ours.
-
-        None unless it is a preparation.
-        """
-        if definition.scope == "function" or is_ours(definition):
-            return {}
-        return self._by_machine(item, {each.scope for each in ours})
+        return prepared_by(item, definition, ours, run.settings_of(self._config))
 
     @contextlib.contextmanager
     def _preparation(
@@ -383,7 +394,7 @@ class _States:
             for wanted, state in above.items():
                 machines[wanted].machine.used_by(item.nodeid)
                 machines[wanted].start(state)
-                _course_of(item).entered[wanted.domain] = machines[wanted]
+                _course_of(item).entered[wanted.machine] = machines[wanted]
             definition.addfinalizer(partial(self._drop, definition))
         finalizers = len(definition._finalizers)
         self._being_made.append((definition.argname, set(machines.values())))
@@ -421,14 +432,14 @@ class _States:
                 raise _hidden(definition.argname, other.argname)
 
     def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:
-        in_use = {request.domain for request in _course_of(item).vms}
+        in_use = {request.machine for request in _course_of(item).vms}
         if self._being_made and self._savepoints(wanted) in self._being_made[-1][1]:
             by = self._being_made[-1][0]
-        elif wanted.domain in in_use:
+        elif wanted.machine in in_use:
             by = "vm"
         else:
             return
-        raise _too_late(definition.argname, wanted.domain, by, item.nodeid)
+        raise _too_late(definition.argname, wanted, by, item.nodeid)
 
     def _keep(
         self, item: pytest.Item, definition: "Definition", above: "dict[Request, State]"
@@ -445,7 +456,7 @@ class _States:
             raise
         self._made[definition] = made
         for wanted in made:
-            del _course_of(item).entered[wanted.domain]  # the test starts somewhere else now
+            del _course_of(item).entered[wanted.machine]  # the test starts somewhere else now
 
     def _tear_down_first(
         self,
@@ -468,12 +479,20 @@ class _States:
     def _resume(self, definition: "Definition") -> None:
         with run.told():
             for wanted, state in self._made.get(definition, {}).items():
-                if not self._savepoints(wanted).machine.has_failed:
-                    self._savepoints(wanted).resume(state)
+                keeper = self._keeper(wanted, state)
+                if keeper is not None and not keeper.machine.has_failed:
+                    keeper.resume(state)
 
     def _drop(self, definition: "Definition") -> None:
         for wanted, state in self._made.pop(definition, {}).items():
-            self._savepoints(wanted).drop(state)
+            keeper = self._keeper(wanted, state)
+            if keeper is not None:
+                keeper.drop(state)
+
+    def _keeper(self, request: Request, state: "State") -> "Savepoints | None":
+        """Return the savepoints that hold a state, None when its machine is no more."""
+        savepoints = run.lab_of(self._config).current(request)
+        return savepoints if savepoints is not None and savepoints.holds(state) else None
 
 
 @contextlib.contextmanager

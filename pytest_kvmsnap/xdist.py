@@ -22,6 +22,14 @@ def is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
+def stay_in_one_process(config: pytest.Config) -> None:
+    """Have pytest-xdist, where it is installed, start no workers: there are no tests for them."""
+    if hasattr(config.option, "dist"):
+        config.option.dist = "no"
+        config.option.numprocesses = None
+        config.option.tx = []
+
+
 def refuse_shared_root(config: pytest.Config, settings: Settings) -> None:
     """Refuse an embedded libvirt that several workers would open, which serves one process only.
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from pytest_kvmsnap.errors import KvmsnapError
+from pytest_kvmsnap.errors import KvmsnapError, LeaseError
 from pytest_kvmsnap.lab import journal as journals
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease
+from pytest_kvmsnap.machine.clone import remove_folder
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 from pytest_kvmsnap.settings import Settings
@@ -30,9 +31,34 @@ def work_off(domain: Domain, lease: Lease, settings: Settings, tell: Callable[[s
         revert_timeout=settings.revert_timeout,
     )
     state = f" ({journal.found.state})" if journal.found else ""
-    tell(
-        f"put {domain.name} back as found{state}: a run ended without doing so ({journal.owner()})"
-    )
+    done = f"put {domain.name} back as found{state}"
+    if journal.clone is not None:
+        done = f"removed the throwaway machine {domain.name}"
+    tell(f"{done}: a run ended without doing so ({journal.owner()})")
+
+
+def remove_dead_clones(
+    folder: Path, hypervisor: Hypervisor, settings: Settings, tell: Callable[[str], None]
+) -> None:
+    """Remove the throwaway machines that dead runs left: nobody will ask for these by name.
+
+    What cannot be removed is told, and no reason not to go on.
+    """
+    for path in sorted(folder.glob("*.json")):
+        lease = Lease.beside(path)
+        try:
+            journal = journals.load(path)
+            if journal is None or journal.clone is None or journal.uri != hypervisor.uri:
+                continue
+            if lease.try_take():
+                domain = Domain(hypervisor, journal.uuid, journal.name)
+                work_off(domain, lease, settings, tell)
+        except LeaseError:  # another user's, whose next run removes it
+            continue
+        except KvmsnapError as error:
+            tell(str(error))
+        finally:
+            lease.release()
 
 
 def clean(
@@ -79,6 +105,8 @@ def _clean_one(
             return
         domain = _domain_of(journal, hypervisors)
         if domain is None:
+            if journal.clone is not None:
+                remove_folder(journal.clone)
             journal.remove()
             tell(f"forgot {journal.name}: its libvirt is gone ({journal.owner()})")
         else:

@@ -44,7 +44,8 @@ class Journal:
 
     `found_snapshot` is the one that the machine goes back to at the end. `taken` are the snapshots
     of this run, oldest first, with their XML, which is empty until they stand. `planted` tells
-    that the canary's block was put on the disk of a machine that was found running.
+    that the canary's block was put on the disk of a machine that was found running. `clone` is the
+    folder of a throwaway machine, which is removed rather than put back.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Journal:
     taken: dict[str, str] = field(default_factory=dict)
     planted: bool = False
     conversions: list[Conversion] = field(default_factory=list)
+    clone: Path | None = None
 
     def owner(self) -> str:
         """Return who it is, for people."""
@@ -130,4 +132,6 @@ def _read(path: Path, content: Any) -> Journal:
         Conversion(c["target"], *(Path(c[key]) for key in ("raw", "qcow2", "temporary")))
         for c in content["conversions"]
     ]
+    if content["clone"] is not None:
+        content["clone"] = Path(content["clone"])
     return Journal(path=path, **content)

@@ -3,30 +3,26 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pytest_kvmsnap.errors import KvmsnapError, UsageProblem, merged
+from pytest_kvmsnap.golden import Golden
 from pytest_kvmsnap.lab import cleanup
+from pytest_kvmsnap.lab import journal as journals
+from pytest_kvmsnap.lab.clones import Clones
 from pytest_kvmsnap.lab.journal import Journal
-from pytest_kvmsnap.lab.lease import Lease, folder_for, folders
+from pytest_kvmsnap.lab.lease import Lease, folder_for, folders, place_for
 from pytest_kvmsnap.lab.machine import Machine
+from pytest_kvmsnap.lab.outlook import Outlook, PlannedConversion
 from pytest_kvmsnap.lab.savepoints import Savepoints
-from pytest_kvmsnap.machine import conversion, preflight
+from pytest_kvmsnap.lab.voice import Voice
+from pytest_kvmsnap.machine import conversion, images, preflight
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 from pytest_kvmsnap.markers import Request
 from pytest_kvmsnap.settings import Settings
-
-
-@dataclass(frozen=True)
-class Voice:
-    """How the lab speaks to people: lines, and the progress of a conversion in per cent."""
-
-    line: Callable[[str], None]
-    progress: Callable[[str, float], None]
 
 
 class _Held(NamedTuple):
@@ -49,8 +45,9 @@ class Lab:
         self._voice = voice
         self._run = secrets.token_hex(4)
         self._hypervisor: Hypervisor | None = None
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str | Golden, _Held] = {}  # domains by their UUID
         self._checked: set[Request] = set()
+        self._clones = Clones(settings, voice, self._run)
         self.unproven: dict[str, list[str]] = {}
 
     @property
@@ -65,13 +62,16 @@ class Lab:
         """Check all machines that tests will ask for, then convert their raw images.
 
         What a dead run left is put back first. A machine that another run holds is checked when
-        it is free.
+        it is free. So are golden images; raw ones are converted too.
 
         Raises:
             UsageProblem: something stands in the way; all problems of all machines in one.
         """
         problems: list[UsageProblem] = []
         plans: list[tuple[Domain, Lease, list[Conversion]]] = []
+        requests = list(requests)
+        goldens = _goldens(requests)
+        self._remove_dead_clones()
         with contextlib.ExitStack() as leases:
             for name, snapshots in _by_domain(requests).items():
                 try:
@@ -91,10 +91,56 @@ class Lab:
                 if not found:
                     plans.append((domain, lease, conversions))
                     self._checked |= {Request(name, snapshot) for snapshot in snapshots}
+            for golden in goldens:
+                problems += self._clones.problems(golden, self.hypervisor)
             if problems:
                 raise merged(problems)
             for domain, lease, conversions in plans:
                 self._convert(domain, lease, conversions)
+        for golden in goldens:
+            self._clones.base(golden)
+            self._checked.add(Request(golden))
+
+    def outlook(self, requests: Iterable[Request]) -> Outlook:
+        """Look at all that tests will ask for, as `check` does; start and change nothing."""
+        requests = list(requests)
+        outlook = Outlook()
+        for name, snapshots in _by_domain(requests).items():
+            try:
+                self._look_at(self._domain(name), snapshots, outlook)
+            except UsageProblem as problem:
+                outlook.problems.append(problem)
+        for golden in _goldens(requests):
+            outlook.images[golden] = [golden.image]
+            found = self._clones.problems(golden, self.hypervisor)
+            outlook.problems += found
+            if not found:
+                outlook.conversions += self._clones.conversions(golden)
+        return outlook
+
+    def _look_at(self, domain: Domain, snapshots: list[str | None], outlook: Outlook) -> None:
+        disks = domain.disks(inactive=True)
+        outlook.images[domain.name] = [
+            disk.path for disk in disks if disk.is_snapshotted and disk.path is not None
+        ]
+        place = place_for(domain.hypervisor.uri, self._settings.lock_dir)
+        with contextlib.ExitStack() as leases:
+            if place.is_dir():
+                lease = Lease.of(domain, place)
+                is_free = lease.try_take()
+                leases.callback(lease.release)
+                journal = journals.load(lease.journal_path)
+                if journal is not None:
+                    outlook.notes.append(_left_or_held(journal, is_free))
+                    return
+            conversions = conversion.planned(domain, self._run)
+            found = self._blockers(domain, snapshots, conversions)
+            outlook.problems += found
+            if not found:
+                outlook.conversions += [
+                    PlannedConversion(domain.name, c.raw, c.qcow2, images.space_needed(c.raw))
+                    for c in conversions
+                ]
 
     def _problems(
         self,
@@ -105,6 +151,11 @@ class Lab:
     ) -> list[UsageProblem]:
         """Put back what a dead run left, then return what stands in the way."""
         cleanup.work_off(domain, lease, self._settings, self._voice.line)
+        return self._blockers(domain, snapshots, conversions)
+
+    def _blockers(
+        self, domain: Domain, snapshots: Iterable[str | None], conversions: list[Conversion]
+    ) -> list[UsageProblem]:
         found = preflight.problems(domain, self._settings.ready)
         for snapshot in snapshots:
             problem = preflight.snapshot_problem(domain, snapshot) if snapshot else None
@@ -136,7 +187,9 @@ class Lab:
         Raises:
             KvmsnapError: there is no such machine, it cannot be had, or something is in the way.
         """
-        domain = self._domain(request.domain)
+        if isinstance(request.machine, Golden):
+            return self._on_golden(request.machine)
+        domain = self._domain(request.machine)
         if domain.uuid not in self._held:
             lease = self._lease(domain)
             lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
@@ -155,6 +208,35 @@ class Lab:
             self._checked.add(request)
         return self._held[domain.uuid].savepoints
 
+    def _on_golden(self, golden: Golden) -> Savepoints:
+        if golden not in self._held:
+            if Request(golden) not in self._checked:
+                found = self._clones.problems(golden, self.hypervisor)
+                if found:
+                    raise merged(found)
+                self._checked.add(Request(golden))
+            machine, lease = self._clones.make(golden, self.hypervisor)
+            self._held[golden] = _Held(Savepoints(machine), lease)
+        return self._held[golden].savepoints
+
+    def current(self, request: Request) -> Savepoints | None:
+        """Return the states of a machine if it is ours now."""
+        if isinstance(request.machine, Golden):
+            held = self._held.get(request.machine)
+        else:
+            held = self._held.get(self._domain(request.machine).uuid)
+        return held.savepoints if held is not None else None
+
+    def replace_failed_clones(self) -> None:
+        """Throw away throwaway machines that failed, so that the next test gets a new one."""
+        for key, held in list(self._held.items()):
+            if isinstance(key, Golden) and held.machine.has_failed:
+                self._clones.failed(key, held.machine)
+                try:
+                    self._give_up(key)
+                except KvmsnapError as error:
+                    self._voice.line(str(error))
+
     def settle(self) -> list[KvmsnapError]:
         """Do at the end of a test what need not wait; return what went wrong with that.
 
@@ -162,25 +244,25 @@ class Lab:
         up, unless a fixture holds them.
         """
         failures = []
-        for uuid, held in list(self._held.items()):
+        for key, held in list(self._held.items()):
             try:
                 held.savepoints.settle()
                 if held.savepoints.is_idle and held.lease.is_wanted():
-                    self._give_up(uuid)
+                    self._give_up(key)
             except KvmsnapError as error:
                 failures.append(error)
         return failures
 
-    def _give_up(self, uuid: str) -> None:
+    def _give_up(self, key: str | Golden) -> None:
         """Leave a machine as it was found, and let others have it."""
-        held = self._held[uuid]
+        held = self._held[key]
         failure: KvmsnapError | None = None
         try:
             held.machine.close()
         except KvmsnapError as error:
             failure = error
         held.lease.release()
-        del self._held[uuid]  # only now: a Ctrl-C leaves it to the next call
+        del self._held[key]  # only now: a Ctrl-C leaves it to the next call
         if held.machine.unproven:
             self.unproven.setdefault(held.machine.domain.name, []).extend(held.machine.unproven)
         if failure is not None:
@@ -205,9 +287,9 @@ class Lab:
     def close(self) -> list[KvmsnapError]:
         """Leave every machine as it was found; return what went wrong with that."""
         failures: list[KvmsnapError] = []
-        for uuid in list(self._held):
+        for key in list(self._held):
             try:
-                self._give_up(uuid)
+                self._give_up(key)
             except KvmsnapError as error:
                 failures.append(error)
         if self._hypervisor is not None:
@@ -230,6 +312,10 @@ class Lab:
                 return held.machine.domain
         return Domain(self.hypervisor, self.hypervisor.find(name), name)
 
+    def _remove_dead_clones(self) -> None:
+        folder = folder_for(self.hypervisor.uri, self._settings.lock_dir)
+        cleanup.remove_dead_clones(folder, self.hypervisor, self._settings, self._voice.line)
+
     def _lease(self, domain: Domain) -> Lease:
         return Lease.of(domain, folder_for(domain.hypervisor.uri, self._settings.lock_dir))
 
@@ -242,5 +328,20 @@ class Lab:
 def _by_domain(requests: Iterable[Request]) -> dict[str, list[str | None]]:
     snapshots: dict[str, list[str | None]] = {}
     for request in dict.fromkeys(requests):
-        snapshots.setdefault(request.domain, []).append(request.snapshot)
+        if isinstance(request.machine, str):
+            snapshots.setdefault(request.machine, []).append(request.snapshot)
     return snapshots
+
+
+def _left_or_held(journal: Journal, is_free: bool) -> str:
+    if is_free:
+        return (
+            f"{journal.name} was left by a dead run, which the next one undoes before it looks for"
+            f" what stands in the way ({journal.owner()})"
+        )
+    return f"{journal.name} is in use, so tests on it would wait ({journal.owner()})"
+
+
+def _goldens(requests: Iterable[Request]) -> list[Golden]:
+    machines = dict.fromkeys(request.machine for request in requests)
+    return [machine for machine in machines if isinstance(machine, Golden)]

@@ -32,14 +32,19 @@ def folders() -> list[Path]:
     return [_SHARED, private_folder()]
 
 
+def place_for(uri: str, configured: Path | None) -> Path:
+    """Return where the folder for the machines of a URI is, or would be."""
+    is_shared = urlsplit(uri).path == "/system"
+    return configured or (_SHARED if is_shared else private_folder())
+
+
 def folder_for(uri: str, configured: Path | None) -> Path:
     """Return the folder for the machines of a URI, made if need be.
 
     Raises:
         LeaseError: it is not ours to use, or cannot be made.
     """
-    is_shared = urlsplit(uri).path == "/system"
-    folder = configured or (_SHARED if is_shared else private_folder())
+    folder = place_for(uri, configured)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder == _SHARED and not folder.is_symlink() and folder.stat().st_uid == os.getuid():

@@ -39,7 +39,8 @@ class Machine:
     """One machine, ours until `close`.
 
     `unproven` are the tests after which the guest could not take or look for the canary's marks,
-    so that the revert is proven by power state and current snapshot alone.
+    so that the revert is proven by power state and current snapshot alone. `failure` is why the
+    machine is in quarantine, None while it is not.
     """
 
     def __init__(self, domain: Domain, journal: Journal, settings: Settings) -> None:
@@ -55,7 +56,7 @@ class Machine:
         self._stand: _Stand | None = None
         self._user = ""  # the test that used the machine last
         self._marked: Canary | None = None
-        self._failure: KvmsnapError | None = None
+        self.failure: KvmsnapError | None = None
         if self._found.state not in ("running", "paused", "shut off"):
             raise MachineError(
                 f"the machine is {self._found.state!r}, which tests cannot start from",
@@ -68,7 +69,12 @@ class Machine:
     @property
     def has_failed(self) -> bool:
         """Whether the machine is in quarantine."""
-        return self._failure is not None
+        return self.failure is not None
+
+    @property
+    def has_come_up(self) -> bool:
+        """Whether it was there, ready, to start tests from."""
+        return self._baseline is not None
 
     def vm(self, on_use: Callable[[], None]) -> VM:
         """Return the machine as tests and fixtures hold it; `on_use` is called at each use."""
@@ -188,16 +194,16 @@ class Machine:
 
     @contextlib.contextmanager
     def _in_quarantine_if_it_fails(self) -> Iterator[None]:
-        if self._failure is not None:
+        if self.failure is not None:
             raise QuarantinedError(
                 "the machine is in quarantine, since it failed before",
                 where=self.domain.where,
-                why=str(self._failure),
+                why=str(self.failure),
             )
         try:
             yield
         except KvmsnapError as error:
-            self._failure = error
+            self.failure = error
             raise
 
     # the states that everything starts from

@@ -5,7 +5,7 @@ from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
 from pytest_kvmsnap.guest.ready import Ready, means_of, set_clock, wait_ready
 from pytest_kvmsnap.lab.journal import Found, Journal
-from pytest_kvmsnap.machine import conversion
+from pytest_kvmsnap.machine import clone, conversion
 from pytest_kvmsnap.machine.domain import Domain
 
 
@@ -66,13 +66,16 @@ def as_found(
     revert_timeout: float,
     at: str | None = None,
 ) -> None:
-    """Leave a machine as a run found it, and forget the run.
+    """Leave a machine as a run found it, and forget the run. A throwaway machine is removed.
 
     `at` is the snapshot that it stands at, when that is sure.
 
     Raises:
         MachineError: it could not be put back; the journal stays, so that it can be tried again.
     """
+    if journal.clone is not None:
+        discard(domain, journal)
+        return
     _define_again(domain, journal)
     conversion.remove_leftovers(domain, journal.conversions)
     found = journal.found
@@ -86,6 +89,17 @@ def as_found(
             domain.hypervisor.define(found.definition)
         domain.set_autostart(found.autostart)
         _compare(domain, found)
+    journal.remove()
+
+
+def discard(domain: Domain, journal: Journal) -> None:
+    """Remove a throwaway machine with all that was made for it.
+
+    Raises:
+        MachineError: that failed; the journal stays.
+    """
+    if journal.clone is not None:
+        clone.discard(domain, journal.clone)
     journal.remove()
 
 

@@ -29,6 +29,10 @@ class State:
     def snapshot(self) -> str:
         return self.snapshots[0]
 
+    @property
+    def root(self) -> "State":
+        return self if self.above is None else self.above.root
+
     def is_on(self, other: "State") -> bool:
         """Tell whether it is another state, or was made from it, however indirectly."""
         return self is other or (self.above is not None and self.above.is_on(other))
@@ -78,6 +82,10 @@ class Savepoints:
         """
         name = self.machine.start_of(snapshot)
         return self._roots.setdefault(name, State((name,)))
+
+    def holds(self, state: State) -> bool:
+        """Tell whether a state is one of this machine."""
+        return state.root in self._roots.values()
 
     def start(self, state: State) -> None:
         """Bring the machine to a state, running and ready, for a test or a preparation.

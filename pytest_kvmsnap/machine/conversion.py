@@ -232,7 +232,7 @@ def _convert(
             why=error.why,
             cure=f"the raw image is untouched; {free} are free beside it",
         ) from None
-    _like(conversion.raw, conversion.temporary)
+    like(conversion.raw, conversion.temporary)
     seconds = time.monotonic() - start
     size = mib(conversion.temporary.stat().st_blocks * 512)
     return (
@@ -241,7 +241,7 @@ def _convert(
     )
 
 
-def _like(raw: Path, made: Path) -> None:
+def like(raw: Path, made: Path) -> None:
     """Give the new image mode and owner of the raw one, as far as we may, and put it on disk."""
     status = raw.stat()
     with contextlib.suppress(PermissionError):

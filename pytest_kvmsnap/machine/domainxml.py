@@ -77,7 +77,7 @@ def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
 
 def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
     """Return the definition with the disks (by target) switched to these qcow2 images."""
-    _keep_prefixes(domain_xml)
+    keep_prefixes(domain_xml)
     root = ET.fromstring(domain_xml)
     for element in root.iterfind("./devices/disk"):
         target = element.find("target")
@@ -93,7 +93,7 @@ def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _keep_prefixes(xml: str) -> None:
+def keep_prefixes(xml: str) -> None:
     """Have namespaces written with the prefixes that their owner knows, `qemu:` and the like."""
     for _, (prefix, uri) in ET.iterparse(io.StringIO(xml), events=["start-ns"]):
         with contextlib.suppress(ValueError):  # prefixes that ElementTree makes up itself

@@ -110,6 +110,14 @@ def _percentages(descriptor: int) -> Iterator[float]:
             yield float(found[-1])
 
 
+def create_overlay(path: Path, backing: Path, backing_format: str) -> None:
+    """Make a thin qcow2 image on another one, private; the other one is never written to."""
+    # Made first, so that it is private from the start: qemu-img would use the umask.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    base = ["-b", str(backing.absolute()), "-F", backing_format]  # with a slash first: no protocol
+    _qemu_img("create", "-q", "-f", "qcow2", *base, _file(path), path=backing)
+
+
 def is_same(raw: Path, qcow2: Path) -> bool:
     """Tell whether the two images have the same content."""
     try:
@@ -151,3 +159,9 @@ def _not_installed(error: OSError) -> ImageError:
 def _environment() -> dict[str, str]:
     # its messages are shown, and "Is another process using the image" is looked for in them
     return os.environ | {"LC_ALL": "C"}
+
+
+def chain_problem(
+    path: Path, image_format: str, folders: tuple[Path, ...], *, in_use: bool
+) -> str | None:
+    return None

@@ -80,6 +80,12 @@ class Hypervisor:
         # A host in the URI means that paths are paths of that host, which we cannot look at.
         self.is_local = not urlsplit(self.uri).hostname
 
+    @property
+    def architecture(self) -> str:
+        """The host's, such as x86_64."""
+        with telling("cannot ask for the architecture", self.uri):
+            return str(self.connection.getInfo()[0])
+
     def close(self) -> None:
         with contextlib.suppress(libvirt.libvirtError):
             self.connection.close()

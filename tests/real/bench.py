@@ -100,8 +100,10 @@ class Suite:
         self._lab = lab
         self.record = pytester.path / "record"
         self.locks = pytester.path / "locks"
+        self.store = pytester.mkdir("store")
         monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{EXAMPLE}")
         monkeypatch.setenv("KVMSNAP_RECORD", str(self.record))
+        monkeypatch.setenv("TMPDIR", str(self.store))
         monkeypatch.setenv("LIBVIRT_LOG_OUTPUTS", QUIET["LIBVIRT_LOG_OUTPUTS"])
 
     def write(self, tests: str, conftest: str = "") -> None:
@@ -109,18 +111,22 @@ class Suite:
         if conftest:
             self._pytester.makeconftest(conftest)
 
+    def write_ini(self, *lines: str) -> Path:
+        return self._pytester.makeini("[pytest]\n" + "\n".join(lines))
+
     def arguments(self, *extra: str) -> list[str]:
-        return [
-            "-p",
-            "inside",
-            f"--kvmsnap-uri={self._lab.uri}",
-            f"--kvmsnap-lock-dir={self.locks}",
-            *extra,
-        ]
+        return [f"--kvmsnap-uri={self._lab.uri}", *self._elsewhere(), *extra]
+
+    def _elsewhere(self) -> list[str]:
+        return ["-p", "inside", f"--kvmsnap-lock-dir={self.locks}"]
 
     def run(self, *extra: str) -> pytest.RunResult:
         self.record.unlink(missing_ok=True)
         return self._pytester.runpytest_subprocess(*self.arguments(*extra), timeout=180)
+
+    def run_elsewhere(self, *extra: str) -> pytest.RunResult:
+        """Run on the hypervisor that the suite itself names."""
+        return self._pytester.runpytest_subprocess(*self._elsewhere(), *extra, timeout=180)
 
     def run_with_input(self, typed: bytes, *extra: str) -> pytest.RunResult:
         """Run with somebody at the keyboard."""
@@ -136,6 +142,27 @@ class Suite:
                 time.sleep(0.02)
             assert process.poll() is None, "it ended before it could be killed"
             process.kill()
+
+    def left_over(self) -> list[str]:
+        """Return the locks and journals that are there, and what throwaway machines left."""
+        clones = self.store.glob("*/clones/*")
+        locks = self.locks.iterdir() if self.locks.exists() else ()
+        domains = (self._lab.folder / "etc" / "qemu").glob("kvmsnap-*.xml")
+        return sorted(path.name for path in (*clones, *locks, *domains))
+
+    def converted(self) -> list[Path]:
+        """Return what the cache of converted golden images holds."""
+        return sorted(self.store.glob("*/images/*.qcow2"))
+
+    def calls_on_clones(self, *kinds: str) -> list[str]:
+        """Return what the last run did to throwaway machines: `NUMBER KIND SNAPSHOT`."""
+        found = []
+        for line in self.record.read_text().splitlines():
+            name, kind, argument = line.split(" ")
+            if not kinds or kind in kinds:
+                snapshot = re.sub(r"^kvmsnap-(.*)-[0-9a-f]{8}$", r"\1", argument)
+                found.append(f"{name.rpartition('-')[2]} {kind} {snapshot}".strip())
+        return found
 
     def calls(self, machine: Machine, *kinds: str) -> list[str]:
         """Return what the last run did to a machine, without the run's own id."""

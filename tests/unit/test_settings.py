@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from pytest_kvmsnap.errors import ConfigError
-from pytest_kvmsnap.settings import OPTIONS, Option, Settings, hook_values, resolve
+from pytest_kvmsnap.golden import NamedFile
+from pytest_kvmsnap.settings import (
+    OPTIONS,
+    Folders,
+    Option,
+    Settings,
+    check_complete,
+    hook_values,
+    resolve,
+)
 
 # option, what is given, what it comes to
 RIGHT: list[tuple[str, object, object]] = [
@@ -16,6 +25,14 @@ RIGHT: list[tuple[str, object, object]] = [
     ("domain", ["centos"], "centos"),
     ("snapshot", "installed", "installed"),
     ("snapshot", "0", "0"),
+    ("golden", "a.qcow2", NamedFile("a.qcow2", Path())),
+    ("golden", Path("/a.raw"), NamedFile("/a.raw", Path())),
+    ("template", " a.xml ", NamedFile("a.xml", Path())),
+    ("image_path", "/", (Path("/"),)),
+    ("image_path", "/usr:/", (Path("/usr"), Path("/"))),
+    ("image_path", "\n/usr\n/\n", (Path("/usr"), Path("/"))),
+    ("image_path", ["/usr", Path("/")], (Path("/usr"), Path("/"))),
+    ("image_path", "~", (Path.home(),)),
     ("convert", "auto", "auto"),
     ("convert", "check", "check"),
     ("convert", " never ", "never"),
@@ -49,6 +66,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("domain", "web1\nweb2", "must be one domain's name"),
     ("domain", ["a", "b"], "'a', 'b': several (a pool) are not supported yet"),
     ("snapshot", "", "must not be empty"),
+    ("golden", "", "must not be empty"),
+    ("template", " ", "must not be empty"),
+    ("image_path", " : ", "must not be empty"),
+    ("image_path", "/usr:/nowhere", "there is no folder /nowhere"),
+    ("golden", ["a", "b"], "must be text, a number or a path"),
     ("convert", "", "'': must be one of: auto, check, never"),
     ("convert", "Auto", "'Auto': must be one of: auto, check, never"),
     ("live", "", "must be yes or no"),
@@ -174,6 +196,50 @@ def test_a_falsy_value_is_a_value_and_not_replaced_by_what_is_below(
 
 def test_live_false_from_the_hook_beats_ini() -> None:
     assert resolve({}, {"live": False}, {"live": "yes"}).live is False
+
+
+def test_files_are_relative_to_what_names_them(tmp_path: Path) -> None:
+    folders = Folders(*(tmp_path / name for name in ("shell", "hook", "ini")))
+    for folder in folders:
+        (folder / "images").mkdir(parents=True)
+    settings = resolve({"golden": "g"}, {"template": "t"}, {"image-path": None}, folders)
+    assert settings.golden == NamedFile("g", tmp_path / "shell")
+    assert settings.template == NamedFile("t", tmp_path / "hook")
+    for number, folder in enumerate(folders):
+        line, hook, ini = ({"image_path": "images"} if n == number else {} for n in range(3))
+        assert resolve(line, hook, ini, folders).image_path == (folder / "images",)
+
+
+GOLDEN = {"golden": "g.qcow2"}
+
+
+@pytest.mark.parametrize("other", [{"domain": "d"}, {"snapshot": "s"}])
+def test_a_golden_image_and_a_domain_at_one_place_contradict_each_other(
+    other: dict[str, object],
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({}, {}, GOLDEN | other)
+    (key,) = other
+    assert (
+        caught.value.what == f"kvmsnap_golden in ini and kvmsnap_{key} in ini contradict each other"
+    )
+
+
+def test_of_a_golden_image_and_a_domain_the_stronger_one_counts() -> None:
+    stronger = resolve(GOLDEN, {"domain": "d"}, {"snapshot": "s"})
+    assert (stronger.domain, stronger.snapshot) == (None, None)
+    assert stronger.golden is not None
+    assert stronger.origins.keys() == {"golden"}
+    weaker = resolve({}, {"domain": "d"}, GOLDEN | {"template": "t"})
+    assert (weaker.domain, weaker.golden, weaker.template) == ("d", None, None)
+    check_complete(weaker)
+
+
+def test_a_template_without_an_image_is_told_once_all_were_asked() -> None:
+    lonely = resolve({}, {}, {"template": "t"})
+    with pytest.raises(ConfigError, match="kvmsnap_template in ini has no golden image"):
+        check_complete(lonely)
+    check_complete(resolve({}, GOLDEN, {"template": "t"}))
 
 
 def test_a_value_that_is_beaten_is_not_looked_at() -> None:

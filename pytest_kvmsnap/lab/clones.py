@@ -1,0 +1,110 @@
+"""Throwaway machines on golden images: checked beforehand, made when a test asks, replaced."""
+
+import contextlib
+import itertools
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from pytest_kvmsnap.errors import KvmsnapError, QuarantinedError, UsageProblem
+from pytest_kvmsnap.golden import Golden
+from pytest_kvmsnap.lab import goldens, restore
+from pytest_kvmsnap.lab.journal import Journal
+from pytest_kvmsnap.lab.lease import Lease, folder_for
+from pytest_kvmsnap.lab.machine import Machine
+from pytest_kvmsnap.lab.outlook import PlannedConversion
+from pytest_kvmsnap.lab.voice import Voice
+from pytest_kvmsnap.machine import clone, goldencheck, images, store
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor
+from pytest_kvmsnap.settings import Settings
+
+_TRIES = 2  # machines that may fail in their first boot, before the image is to blame
+
+
+class Clones:
+    """The throwaway machines of one process."""
+
+    def __init__(self, settings: Settings, voice: Voice, run: str) -> None:
+        self._settings = settings
+        self._voice = voice
+        self._run = run
+        self._numbers = itertools.count(1)
+        self._stillborn: dict[Golden, list[KvmsnapError]] = {}
+
+    def problems(self, golden: Golden, hypervisor: Hypervisor) -> list[UsageProblem]:
+        """Return what stands in the way of machines on a golden image; changes nothing."""
+        found = goldencheck.problems(golden, hypervisor, self._settings.ready)
+        convert = self._settings.convert
+        is_raw = golden.format == "raw" and not found
+        if is_raw and convert != "auto" and not goldens.is_converted(golden.image):
+            return [goldencheck.unwanted_conversion(golden, convert)]
+        return found
+
+    def conversions(self, golden: Golden) -> list[PlannedConversion]:
+        """Return what `base` would convert."""
+        if golden.format == "qcow2" or goldens.is_converted(golden.image):
+            return []
+        size = images.space_needed(golden.image)
+        return [PlannedConversion(str(golden), golden.image, None, size)]
+
+    def base(self, golden: Golden) -> Path:
+        """Return the qcow2 image to lay machines on, converted if need be.
+
+        Raises:
+            KvmsnapError: the conversion failed.
+        """
+        if golden.format == "qcow2":
+            return golden.image
+        voice = self._voice
+        timeout = self._settings.lock_timeout
+        return goldens.as_qcow2(golden.image, self._run, timeout, voice.line, voice.progress)
+
+    def make(self, golden: Golden, hypervisor: Hypervisor) -> tuple[Machine, Lease]:
+        """Make a new machine, which is off.
+
+        Raises:
+            QuarantinedError: those before it did not come up.
+            KvmsnapError: it cannot be made.
+        """
+        stillborn = self._stillborn.get(golden, [])
+        if len(stillborn) >= _TRIES:
+            raise QuarantinedError(
+                f"the golden image {golden} is in quarantine, since {_TRIES} machines on it did not"
+                " come up",
+                where=str(golden.image),
+                why=str(stillborn[0]),
+            )
+        domain = Domain(hypervisor, str(uuid.uuid4()), self._name(golden))
+        settings = self._settings
+        lease = Lease.of(domain, folder_for(hypervisor.uri, settings.lock_dir))
+        lease.take(domain.where, settings.lock_timeout, self._voice.line)
+        journal = Journal(lease.journal_path, self._run, hypervisor.uri, domain.name, domain.uuid)
+        journal.clone = store.folder("clones") / domain.name
+        with _undone_if_it_fails(domain, journal, lease):
+            journal.save()
+            clone.make(domain, golden, self.base(golden), journal.clone)
+            return Machine(domain, journal, settings), lease
+
+    def _name(self, golden: Golden) -> str:
+        label = re.sub(r"[^\w-]", "-", golden.image.stem, flags=re.ASCII)[:40]
+        return f"kvmsnap-{label}-{self._run}-{next(self._numbers)}"
+
+    def failed(self, golden: Golden, machine: Machine) -> None:
+        """Note why a machine failed: one that never came up may do so because of its image."""
+        if machine.failure is not None and not machine.has_come_up:
+            self._stillborn.setdefault(golden, []).append(machine.failure)
+        else:
+            self._stillborn.pop(golden, None)
+
+
+@contextlib.contextmanager
+def _undone_if_it_fails(domain: Domain, journal: Journal, lease: Lease) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(KvmsnapError):  # then the journal stays, for the next run
+            restore.discard(domain, journal)
+        lease.release()
+        raise

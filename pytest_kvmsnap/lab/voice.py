@@ -1,0 +1,12 @@
+"""How the lab speaks to people."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Lines, and the progress of a conversion in per cent."""
+
+    line: Callable[[str], None]
+    progress: Callable[[str, float], None]
