@@ -15,8 +15,8 @@ from pytest_kvmsnap import run
 from pytest_kvmsnap.errors import ConfigError, UsageProblem
 from pytest_kvmsnap.golden import Golden
 from pytest_kvmsnap.markers import Request, requests_of
+from pytest_kvmsnap.preparations import prepared_by
 from pytest_kvmsnap.sizes import mib
-from pytest_kvmsnap.states import prepared_by
 from pytest_kvmsnap.usage import closure_of, is_ours
 
 if TYPE_CHECKING:

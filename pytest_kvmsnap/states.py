@@ -16,14 +16,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kvmsnap import run
-from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
+from pytest_kvmsnap.preparations import (
+    hidden,
+    made_for_others,
+    prepared_by,
+    too_late,
+    unset_on_error,
+)
 from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
-    from pytest_kvmsnap.settings import Settings
     from pytest_kvmsnap.usage import Definition
     from pytest_kvmsnap.vm import VM
 
@@ -71,18 +76,6 @@ def _course_of(item: pytest.Item) -> "_Course":
     return item.stash.setdefault(_COURSE, _Course(is_in_test=True))  # else we saw its set-up
 
 
-def prepared_by(
-    item: pytest.Item, definition: "Definition", ours: "Iterable[Definition]", settings: "Settings"
-) -> dict[Request, str]:
-    """Return which machines a fixture prepares that asks for these of ours.
-
-    None unless it is a preparation.
-    """
-    if definition.scope == "function" or is_ours(definition):
-        return {}
-    return requests_of(item, {each.scope for each in ours}, settings)
-
-
 def _active(item: pytest.Item) -> "list[Definition]":
     """Return the fixtures that a test uses so far, `getfixturevalue` included.
 
@@ -105,25 +98,7 @@ def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
         if definition is None or definition is ours or definition.scope == "function":
             continue
         if ours not in closure_under(item, definition):
-            raise _hidden(definition.argname, ours.argname)
-
-
-def _hidden(fixture: str, asked_for: str) -> ConfigError:
-    return ConfigError(
-        f"the fixture {fixture!r} uses the machine of {asked_for!r} without naming it",
-        why="what it does to the machine could be neither kept for its tests nor undone",
-        cure=f"name {asked_for} among the arguments of {fixture}",
-    )
-
-
-def _too_late(fixture: str, request: Request, by: str, where: str) -> ConfigError:
-    return ConfigError(
-        f"the fixture {fixture!r} prepares the machine {str(request.machine)!r}, which {by!r} uses"
-        " already",
-        where=where,
-        cure=f"name {fixture} among the arguments of the test or fixture that asks for it late (by"
-        " getfixturevalue, or in an override), before others: then it comes first",
-    )
+            raise hidden(definition.argname, ours.argname)
 
 
 @dataclass
@@ -171,7 +146,7 @@ class _States:
         __tracebackhide__ = True
         item = _item_of(request)
         if fixturedef.scope == "function":
-            with _unset_on_error(fixturedef, request):
+            with unset_on_error(fixturedef, request):
                 self._enter(item, [asking.fixturename for asking in request._iter_chain()])
             return (yield)
         if is_ours(fixturedef):
@@ -234,7 +209,7 @@ class _States:
             if self._being_made:
                 name, machines = self._being_made[-1]
                 if savepoints not in machines:
-                    raise _hidden(name, FIXTURES[scope])
+                    raise hidden(name, FIXTURES[scope])
             elif self._item is not None and scope in savepoints.holders:
                 course = _course_of(self._item)
                 if course.is_in_test and request.machine not in course.entered:
@@ -276,7 +251,7 @@ class _States:
     def _start_clean(self, item: pytest.Item, request: Request) -> None:
         for definition, prepared in self._not_yet_asked_for(item).items():
             if request in prepared:
-                raise _too_late(definition.argname, request, "vm", item.nodeid)
+                raise too_late(definition.argname, request, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
         savepoints.machine.used_by(item.nodeid)
         savepoints.start(state)
@@ -300,7 +275,7 @@ class _States:
         for definition in _active(item):
             made = self._made.get(definition, {}).get(request)
             if made is not None and not state.is_on(made):
-                raise _too_late(definition.argname, request, "vm", item.nodeid)
+                raise too_late(definition.argname, request, "vm", item.nodeid)
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
@@ -323,13 +298,7 @@ class _States:
             if made is None or state.is_on(made):
                 continue
             if not made.is_on(state):
-                raise ConfigError(
-                    f"the fixture {definition.argname!r} was made for other tests, on a machine"
-                    " in another state than this test's",
-                    where=item.nodeid,
-                    cure="name it among the arguments of the test, or in usefixtures, rather than"
-                    " to ask for it by getfixturevalue: then it is made anew",
-                )
+                raise made_for_others(definition.argname, item.nodeid)
             state = made
         return state
 
@@ -386,7 +355,7 @@ class _States:
         __tracebackhide__ = True
         above: dict[Request, State] = {}
         named = closure_under(item, definition)
-        with _unset_on_error(definition, request):
+        with unset_on_error(definition, request):
             for wanted in self._prepared_by(item, definition, named[definition]):
                 self._refuse_in_use(item, wanted, definition)
                 above[wanted] = self._state(item, wanted)
@@ -407,10 +376,10 @@ class _States:
             raise
         finally:
             self._being_made.pop()
-        with _unset_on_error(definition, request):
+        with unset_on_error(definition, request):
             self._refuse_hidden(item, definition, {*named, *before})
         if above:
-            with _unset_on_error(definition, request):
+            with unset_on_error(definition, request):
                 self._keep(item, definition, above)
             if len(definition._finalizers) > finalizers:  # it has something to tear down
                 definition.addfinalizer(partial(self._resume, definition))
@@ -429,7 +398,7 @@ class _States:
         for other in reversed(_active(item)):  # the ones that ask for others come last
             is_of_machine = other in self._made or (is_ours(other) and other.scope != "function")
             if is_of_machine and other not in known:
-                raise _hidden(definition.argname, other.argname)
+                raise hidden(definition.argname, other.argname)
 
     def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:
         in_use = {request.machine for request in _course_of(item).vms}
@@ -439,7 +408,7 @@ class _States:
             by = "vm"
         else:
             return
-        raise _too_late(definition.argname, wanted, by, item.nodeid)
+        raise too_late(definition.argname, wanted, by, item.nodeid)
 
     def _keep(
         self, item: pytest.Item, definition: "Definition", above: "dict[Request, State]"
@@ -493,15 +462,3 @@ class _States:
         """Return the savepoints that hold a state, None when its machine is no more."""
         savepoints = run.lab_of(self._config).current(request)
         return savepoints if savepoints is not None and savepoints.holds(state) else None
-
-
-@contextlib.contextmanager
-def _unset_on_error(definition: "Definition", request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tell an error of ours, and leave the fixture as if its set-up had never begun."""
-    try:
-        with run.told():
-            yield
-    except BaseException as error:
-        definition.cached_result = (None, definition.cache_key(request), (error, None))  # type: ignore[arg-type]
-        definition.finish(request)  # type: ignore[arg-type]
-        raise
