@@ -1,7 +1,8 @@
 """The example's guest: a tiny Linux with busybox and the QEMU guest agent.
 
 It is built from the packages of the distribution underneath, Debian or Ubuntu, without root, and
-kept in the user's cache. Tests, the example suite and the benchmarks share it.
+kept in the user's cache. Tests, the example suite and the benchmarks share it. A machine starts it
+by kernel, initrd and `root`, or from `disk` alone.
 
     python example_suite/guest.py       # builds it if needed, prints where it is
 """
@@ -28,7 +29,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-ROOT_SIZE_MIB = 256
+from guest_images import EPOCH, copy_sparse, write_boot_disk, write_file_system
+from guest_packages import GuestError, libraries, lists_stamp, run, unpack, versions
+
+__all__ = ["Guest", "GuestError", "build", "copy_root", "domain_xml", "kvm_works"]
+
 KERNEL_MODULES = (
     "virtio_pci",
     "virtio_blk",
@@ -38,22 +43,18 @@ KERNEL_MODULES = (
     "button",
     "evdev",
 )
-# Both distributions' names for "the newest kernel for virtual machines".
-KERNEL_PACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
-APT_LISTS = Path("/var/lib/apt/lists")
-# The root account of APT would otherwise complain that it cannot enter our private folder.
-APT = ("-q", "-o", "APT::Sandbox::User=root")
-FILE_SYSTEM_ID = "5ec0ffee-0000-4000-8000-000000000abc"
-EPOCH = 1_700_000_000
-"""Time stamp of every file in the guest, so that two builds of the same packages are alike."""
-
+KERNEL_OPTIONS = "no_timer_check tsc=reliable mitigations=off"
 INITRAMFS_INIT = """\
 #!/bin/sh
 mount -t devtmpfs dev /dev
 for module in $(cat /modules/order); do insmod "/modules/$module"; done
+mount_root() { mount -t ext4 /dev/vda1 /root || mount -t ext4 /dev/vda /root; }
 tries=0
-until [ -b /dev/vda ] || [ $tries -ge 500 ]; do tries=$((tries + 1)); usleep 10000; done
-mount -t ext4 /dev/vda /root || exec sh
+until mount_root 2>/dev/null; do
+    [ $tries -lt 500 ] || exec sh
+    tries=$((tries + 1))
+    usleep 10000
+done
 mount -o move /dev /root/dev
 exec switch_root /root /sbin/init
 """
@@ -150,10 +151,6 @@ GUEST_FOLDERS = (
 )
 
 
-class GuestError(RuntimeError):
-    """The example's guest cannot be built here; says why and what to do instead."""
-
-
 @dataclass(frozen=True)
 class Guest:
     """Where the parts of a built guest are."""
@@ -162,6 +159,8 @@ class Guest:
     initrd: Path
     root: Path
     """The pristine raw ext4 image. Never boot it: use `copy_root`."""
+    disk: Path
+    """A pristine raw disk that boots by itself, by BIOS, and has the same in its one partition."""
 
 
 def build(say: Callable[[str], None] = lambda text: None) -> Guest:
@@ -171,34 +170,30 @@ def build(say: Callable[[str], None] = lambda text: None) -> Guest:
     built. From the cache it takes milliseconds.
     """
     cache = _cache()
-    stamp = cache / f"asked-{_digest(_source(), _lists_stamp())}"
+    stamp = cache / f"asked-{_digest(_source(), lists_stamp())}"
     if (found := _remembered(stamp)) is not None:
         return found
     try:
-        versions = _versions(_kernel_package())
+        packages = versions()
     except GuestError as error:
         newest = _newest(cache)
         if newest is None:
             raise
         say(f"{error}; using the guest built earlier, {newest.root.parent}")
         return newest
-    folder = cache / f"guest-{_digest(_source(), *(f'{p}={v}' for p, v in versions.items()))}"
+    folder = cache / f"guest-{_digest(_source(), *(f'{p}={v}' for p, v in packages.items()))}"
     with FileLock(cache / "build.lock"):
         if not folder.exists():
-            _build_into(folder, list(versions), say)
+            _build_into(folder, list(packages), say)
         _write_atomically(stamp, folder.name)
     return _guest(folder)
 
 
 def copy_root(guest: Guest, target: Path) -> Path:
     """Write a sparse raw copy of the guest's root image to `target`, and return `target`."""
-    with guest.root.open("rb") as source, target.open("wb") as copy:
-        size = os.fstat(source.fileno()).st_size
-        copy.truncate(size)
-        for start, length in _filled_parts(source.fileno(), size):
-            source.seek(start)
-            copy.seek(start)
-            copy.write(source.read(length))
+    with target.open("wb") as copy:
+        copy.truncate(guest.root.stat().st_size)
+        copy_sparse(guest.root, copy)
     return target
 
 
@@ -229,9 +224,7 @@ def domain_xml(
     _add(system, "type", "hvm", arch="x86_64", machine="pc")
     _add(system, "kernel", str(guest.kernel))
     _add(system, "initrd", str(guest.initrd))
-    _add(
-        system, "cmdline", "console=ttyS0 root=/dev/vda no_timer_check tsc=reliable mitigations=off"
-    )
+    _add(system, "cmdline", f"console=ttyS0 root=/dev/vda {KERNEL_OPTIONS}")
     _add(_add(domain, "features"), "acpi")
     _add(domain, "clock", offset="utc")
     for event, action in (("poweroff", "destroy"), ("reboot", "restart"), ("crash", "destroy")):
@@ -319,23 +312,12 @@ def _cache() -> Path:
 
 
 def _source() -> str:
-    return Path(__file__).read_text(encoding="utf-8")
+    parts = sorted(Path(__file__).parent.glob("guest*.py"))
+    return "\0".join(path.read_text(encoding="utf-8") for path in parts)
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _lists_stamp() -> str:
-    """Return a text that changes when APT learns of other packages.
-
-    To ask APT itself takes most of a second.
-    """
-    try:
-        lists = sorted(path for path in APT_LISTS.iterdir() if "_Packages" in path.name)
-        return "\n".join(f"{path.name} {path.stat().st_mtime_ns}" for path in lists)
-    except OSError:
-        return ""
 
 
 def _remembered(stamp: Path) -> Guest | None:
@@ -352,7 +334,7 @@ def _newest(cache: Path) -> Guest | None:
 
 
 def _guest(folder: Path) -> Guest:
-    return Guest(folder / "kernel", folder / "initrd", folder / "root.raw")
+    return Guest(folder / "kernel", folder / "initrd", folder / "root.raw", folder / "disk.raw")
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -365,109 +347,15 @@ def _build_into(folder: Path, packages: Sequence[str], say: Callable[[str], None
     """Build the guest in a private folder; then `folder` appears, complete or not at all."""
     say("building the example guest (once, about 10 seconds)")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as work:
-        unpacked = _unpack([*packages, *_library_packages()], Path(work), say)
+        unpacked = unpack(packages, Path(work), say)
         result = Path(work, "result")
         result.mkdir(mode=0o700)
         guest = _guest(result)
         release = _take_kernel(unpacked, guest.kernel)
         _write_initramfs(unpacked, release, guest.initrd)
-        _write_root(unpacked, Path(work), guest.root)
+        _write_images(unpacked, Path(work), guest)
         result.rename(folder)
     say(f"the example guest is in {folder}")
-
-
-# --- packages -------------------------------------------------------------------------------------
-
-
-def _run(*command: str, cwd: Path | None = None, **environment: str) -> str:
-    """Run a tool and return what it printed.
-
-    Raises `GuestError` with the tool's complaint if it fails, or is missing.
-    """
-    # ordinary users of Debian do not have the folders of mke2fs on their path
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    try:
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            capture_output=True,
-            check=True,
-            encoding="utf-8",
-            errors="replace",
-            env=os.environ | {"LC_ALL": "C", "PATH": path} | environment,
-        )
-    except FileNotFoundError:
-        raise GuestError(f"{command[0]} is needed to build the example guest; install it") from None
-    except subprocess.CalledProcessError as error:
-        raise GuestError(f"{' '.join(command[:4])} … failed: {error.stderr.strip()}") from error
-    return done.stdout
-
-
-def _kernel_package() -> str:
-    """Return the name of the package that depends on this distribution's newest kernel."""
-    try:
-        release = platform.freedesktop_os_release()
-    except OSError:
-        release = {}
-    families = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
-    package = next((KERNEL_PACKAGES[name] for name in families if name in KERNEL_PACKAGES), None)
-    if package is None or shutil.which("dpkg-deb") is None:
-        raise GuestError(
-            "the example guest is built from Debian or Ubuntu packages; run the suite on your own"
-            " machine with --kvmsnap-uri and --kvmsnap-domain"
-        )
-    architecture = _run("dpkg", "--print-architecture").strip()
-    if architecture != "amd64":
-        raise GuestError(
-            f"the example guest is built for amd64 only, not for {architecture}; run the suite on"
-            " your own machine with --kvmsnap-uri and --kvmsnap-domain"
-        )
-    return package
-
-
-def _versions(kernel: str) -> dict[str, str]:
-    """Ask APT for the packages that the guest is made of and their candidate versions."""
-    shown = _show(kernel, "busybox-static", "qemu-guest-agent")
-    versions = {name: fields["Version"] for name, fields in shown.items()}
-    names = _kernel_parts(shown[kernel])
-    # Ubuntu keeps the modules in a package of their own, on which the image depends.
-    names += [part for image in _show(*names).values() for part in _kernel_parts(image)]
-    del versions[kernel]
-    return versions | dict.fromkeys(names, shown[kernel]["Version"])
-
-
-def _kernel_parts(fields: dict[str, str]) -> list[str]:
-    return re.findall(r"\blinux-(?:image|modules)-\d[^\s,|]*", fields.get("Depends", ""))
-
-
-def _show(*packages: str) -> dict[str, dict[str, str]]:
-    """Return the control fields of the candidates of `packages`, by package name."""
-    text = _run("apt-cache", "show", "--no-all-versions", *packages)
-    records = [
-        dict(re.findall(r"^(\S+): (.*)$", record, re.MULTILINE)) for record in text.split("\n\n")
-    ]
-    found = {fields["Package"]: fields for fields in records if fields}
-    if missing := [name for name in packages if name not in found]:
-        raise GuestError(f"APT knows no {', '.join(missing)}; apt-get update, then try again")
-    return found
-
-
-def _library_packages() -> list[str]:
-    """Return the packages that may hold the shared libraries of the agent."""
-    options = [f"--no-{kind}" for kind in ("pre-depends", "recommends", "suggests", "conflicts")]
-    options += [f"--no-{kind}" for kind in ("breaks", "replaces", "enhances")]
-    text = _run("apt-cache", "depends", "--recurse", *options, "qemu-guest-agent")
-    return sorted(set(re.findall(r"^(?:lib|zlib)[^\s:]*$", text, re.MULTILINE)))
-
-
-def _unpack(packages: Sequence[str], work: Path, say: Callable[[str], None]) -> Path:
-    archives, unpacked = work / "archives", work / "unpacked"
-    archives.mkdir()
-    say(f"downloading {len(packages)} packages")
-    _run("apt-get", *APT, "download", *packages, cwd=archives)
-    for archive in sorted(archives.glob("*.deb")):
-        _run("dpkg-deb", "-x", str(archive), str(unpacked))
-    return unpacked
 
 
 # --- the kernel and its initramfs -----------------------------------------------------------------
@@ -536,7 +424,7 @@ def _decompressed(module: Path) -> bytes:
         return lzma.decompress(module.read_bytes())
     if module.suffix == ".zst":
         plain = module.with_suffix("")
-        _run("zstd", "-q", "-d", str(module), "-o", str(plain))
+        run("zstd", "-q", "-d", str(module), "-o", str(plain))
         return plain.read_bytes()
     return module.read_bytes()
 
@@ -569,32 +457,17 @@ def _padded(data: bytes) -> bytes:
 # --- the root file system -------------------------------------------------------------------------
 
 
-def _write_root(unpacked: Path, work: Path, image: Path) -> None:
+def _write_images(unpacked: Path, work: Path, guest: Guest) -> None:
     tree = work / "root"
     _lay_out(tree)
     _add_busybox(unpacked, tree)
     _add_agent(unpacked, tree)
-    for path in tree.rglob("*"):
-        os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
-    with image.open("wb") as file:
-        file.truncate(ROOT_SIZE_MIB << 20)
-    # Initialised at once, with few inodes: else the guest's kernel writes to its disk for a while.
-    options = f"root_owner=0:0,lazy_itable_init=0,hash_seed={FILE_SYSTEM_ID}"
-    command = [
-        "mke2fs",
-        "-q",
-        "-F",
-        "-t",
-        "ext4",
-        "-N",
-        "4096",
-        "-J",
-        "size=4",
-        "-U",
-        FILE_SYSTEM_ID,
-    ]
-    _run(*command, "-E", options, "-d", str(tree), str(image), E2FSPROGS_FAKE_TIME=str(EPOCH))
-    _give_to_root(tree, work, image)
+    write_file_system(tree, work, guest.root)
+    (tree / "boot").mkdir()
+    shutil.copyfile(guest.kernel, tree / "boot/vmlinuz")
+    shutil.copyfile(guest.initrd, tree / "boot/initrd")
+    write_file_system(tree, work, work / "partition.raw")
+    write_boot_disk(unpacked, work, work / "partition.raw", KERNEL_OPTIONS, guest.disk)
 
 
 def _lay_out(tree: Path) -> None:
@@ -618,7 +491,7 @@ def _busybox(unpacked: Path) -> Path:
 def _add_busybox(unpacked: Path, tree: Path) -> None:
     busybox = _busybox(unpacked)
     shutil.copy(busybox, tree / "usr/bin/busybox")
-    for applet in _run(str(busybox), "--list-full").split():
+    for applet in run(str(busybox), "--list-full").split():
         # All is merged into /usr: /sbin, where the agent looks for helpers, is a link to usr/sbin.
         path = tree / "usr" / Path(applet).relative_to("usr" if applet.startswith("usr/") else "")
         if path.name != "busybox" and path.parent.is_dir() and not path.exists():
@@ -632,49 +505,15 @@ def _add_agent(unpacked: Path, tree: Path) -> None:
     """Copy the agent and the shared libraries that it needs, nothing else of their packages."""
     agent = next(path for path in unpacked.glob("usr/*bin/qemu-ga"))
     shutil.copy(agent, tree / "usr/sbin/qemu-ga")
-    for library in _libraries(unpacked, agent):
+    for library in libraries(unpacked, agent):
         path = tree / _merged(library.relative_to(unpacked))
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, path)
         path.chmod(0o755)
 
 
-def _libraries(unpacked: Path, program: Path) -> list[Path]:
-    """Let the unpacked dynamic loader find the libraries of `program` among the unpacked files."""
-    loader = next(path for path in unpacked.glob("**/lib64/ld-linux-x86-64.so.2"))
-    folders = {path.parent for path in unpacked.glob("**/*-linux-gnu/lib*.so.*")}
-    search = ":".join(str(folder) for folder in sorted(folders))
-    options = ["--inhibit-cache", "--library-path", search]
-    listed = _run(str(loader), *options, "--list", str(program))
-    found = [Path(path) for path in re.findall(r"=> (/\S+)", listed)]
-    if strange := [path.name for path in found if unpacked not in path.parents]:
-        raise GuestError(f"no package of the agent's dependencies holds {', '.join(strange)}")
-    return [*(path for path in found if path.name != loader.name), loader]
-
-
 def _merged(path: Path) -> Path:
     return path if path.parts[0] == "usr" else Path("usr", path)
-
-
-def _give_to_root(tree: Path, work: Path, image: Path) -> None:
-    """Make root the owner of every file in the image, whoever built it."""
-    script = work / "owners"
-    paths = [f"/{path.relative_to(tree)}" for path in sorted(tree.rglob("*"))]
-    fields = [f"set_inode_field {path} {field} 0\n" for path in paths for field in ("uid", "gid")]
-    script.write_text("".join(fields), encoding="utf-8")
-    _run("debugfs", "-w", "-f", str(script), str(image), E2FSPROGS_FAKE_TIME=str(EPOCH))
-
-
-def _filled_parts(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield start and length of the parts of a sparse file that hold data."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(file, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end
-            return
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, end - start
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """Talking to a real guest: commands and files."""
 
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
 from bench import Machine, Suite
+
+from guest import Guest
 
 
 def test_commands(machine: Machine, suite: Suite) -> None:
@@ -123,3 +129,21 @@ def test_nothing_of_it_is_left(vm):
 """
     )
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=6)
+
+
+def test_guest_that_boots_from_its_disk(
+    machine: Machine, linux: Guest, suite: Suite, tmp_path: Path
+) -> None:
+    """The example's disk needs nothing but a BIOS, as the image of somebody's machine does."""
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2"]
+    subprocess.run([*command, str(linux.disk), str(machine.disk)], check=True)
+    definition = ET.fromstring(machine.definition)
+    system = definition.find("os")
+    assert system is not None
+    for part in ("kernel", "initrd", "cmdline"):
+        system.remove(system.findall(part)[0])
+    changed = tmp_path / "machine.xml"
+    changed.write_text(ET.tostring(definition, encoding="unicode"))
+    machine.define(changed)
+    suite.write("def test_root(vm): assert '/dev/vda1 / ext4' in vm.read_text('/proc/mounts')")
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)
