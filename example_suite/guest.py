@@ -191,9 +191,18 @@ def build(say: Callable[[str], None] = lambda text: None) -> Guest:
 
 def copy_root(guest: Guest, target: Path) -> Path:
     """Write a sparse raw copy of the guest's root image to `target`, and return `target`."""
+    return _copy(guest.root, target)
+
+
+def copy_disk(guest: Guest, target: Path) -> Path:
+    """Write a sparse raw copy of the disk that boots by itself, and return `target`."""
+    return _copy(guest.disk, target)
+
+
+def _copy(image: Path, target: Path) -> Path:
     with target.open("wb") as copy:
-        copy.truncate(guest.root.stat().st_size)
-        copy_sparse(guest.root, copy)
+        copy.truncate(image.stat().st_size)
+        copy_sparse(image, copy)
     return target
 
 

@@ -100,9 +100,7 @@ def test_starts_clean(vm, turn):
     again.stdout.no_fnmatch_line("*converted the golden image*")
     assert suite.converted() == [converted]
 
-    with raw.open("r+b") as file:  # the same content, but another file by its time
-        file.write(file.read(1))
-    os.utime(raw, (1, 1))
+    os.utime(raw, (1, 1))  # the same content, but another file by its time
     plan = suite.run("--kvmsnap-plan")
     plan.stdout.fnmatch_lines(["conversions:", f"*{raw} -> the cache (up to *"])
     suite.run("-k", "3").assert_outcomes(passed=1, deselected=3)
