@@ -1,8 +1,9 @@
 """Where the example's machines come from, unless you name one of yours.
 
-`pytest example_suite` builds two machines in a folder of its own and removes them at the end.
-With `--kvmsnap-uri qemu:///system --kvmsnap-domain centos` the same tests run on your machine; add
-`--example-snapshot NAME` for those that start from a snapshot.
+`pytest example_suite` builds two machines and a golden image in a folder of its own and removes
+them at the end. With `--kvmsnap-uri qemu:///system --kvmsnap-domain centos` the same tests run on
+your machine; add `--example-snapshot NAME` for those that start from a snapshot, and
+`--example-golden IMAGE` for those on a golden image.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pytest_kvmsnap import VM
 
 MACHINE = "kvmsnap-example"
 INSTALLED = "kvmsnap-example-installed"  # a machine with a snapshot
+GOLDEN = "golden.raw"  # looked for in image-path
 
 _LAB = pytest.StashKey[Lab]()
 
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--example-snapshot", metavar="NAME", help="a snapshot of the machine that you name"
     )
+    group.addoption("--example-golden", metavar="IMAGE", help="a golden image of yours")
     if "--require-real" not in [name for option in group.options for name in option.names()]:
         group.addoption(
             "--require-real", action="store_true", help="fail where QEMU or libvirt is missing"
@@ -60,27 +63,49 @@ def _build_lab(config: pytest.Config) -> dict[str, object]:
         lab.add_machine(MACHINE, guest=linux, disk_format="raw", console_log=log)
         lab.add_machine(INSTALLED, guest=linux, disk_format="qcow2")
         lab.add_snapshot(INSTALLED, "installed")
+        guest.copy_disk(linux, lab.images / GOLDEN)
         complete.touch()
-    return {"uri": lab.uri, "domain": MACHINE, "lock-dir": lab.folder / "locks"}
+    # where the plugin converts golden images, and makes thin copies; gone with the lab
+    os.environ["TMPDIR"] = str(lab.images)
+    return {
+        "uri": lab.uri,
+        "domain": MACHINE,
+        "image-path": lab.images,
+        "lock-dir": lab.folder / "locks",
+    }
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Point the tests that start from a snapshot at the machine that has one."""
-    snapshot = config.getoption("example_snapshot")
+    """Point the tests that start from a snapshot, or on a golden image, at what there is."""
     for item in items:
-        if item.get_closest_marker("installed") is None:
-            continue
-        if not is_yours(config):
-            item.add_marker(pytest.mark.kvm_domain(INSTALLED))
-            item.add_marker(pytest.mark.kvm_snapshot("installed"))
-        elif snapshot:
-            item.add_marker(pytest.mark.kvm_snapshot(snapshot))
-        else:
-            item.add_marker(pytest.mark.skip(reason="name a snapshot with --example-snapshot"))
+        if item.get_closest_marker("installed") is not None:
+            _mark_installed(item, config.getoption("example_snapshot"))
+        if item.get_closest_marker("golden") is not None:
+            _mark_golden(item, config.getoption("example_golden"))
+
+
+def _mark_installed(item: pytest.Item, snapshot: str | None) -> None:
+    if not is_yours(item.config):
+        item.add_marker(pytest.mark.kvm_domain(INSTALLED))
+        item.add_marker(pytest.mark.kvm_snapshot("installed"))
+    elif snapshot:
+        item.add_marker(pytest.mark.kvm_snapshot(snapshot))
+    else:
+        item.add_marker(pytest.mark.skip(reason="name a snapshot with --example-snapshot"))
+
+
+def _mark_golden(item: pytest.Item, image: str | None) -> None:
+    if not is_yours(item.config):
+        item.add_marker(pytest.mark.kvm_golden(GOLDEN, memory="128 MiB"))
+    elif image:
+        item.add_marker(pytest.mark.kvm_golden(Path(image).absolute()))
+    else:
+        item.add_marker(pytest.mark.skip(reason="name a golden image with --example-golden"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "installed: Start from a snapshot, see conftest.py.")
+    config.addinivalue_line("markers", "golden: Run on a golden image, see conftest.py.")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -253,7 +253,9 @@ def _reap_until(leaving: threading.Event, interval: float) -> None:
         adopted = [
             pid for pid in children.read_text(encoding="ascii").split() if _is_adopted_machine(pid)
         ]
-        running = not all(_reaped(int(pid)) for pid in adopted)
+        # all of them first: one that lives must not keep those behind it waiting
+        reaped = [_reaped(int(pid)) for pid in adopted]
+        running = not all(reaped)
 
 
 def _reaped(pid: int) -> bool:
