@@ -27,10 +27,10 @@ def as_qcow2(raw: Path, run: str, timeout: float, tell: Tell, progress: Progress
         LeaseError: the other run does not get on with it.
     """
     place = store.folder("images")
-    made = place / f"{_key(raw)}-{_version(raw)}.qcow2"
+    made = place / name(raw)
     if made.exists():
         return made
-    with _alone(place / f"{_key(raw)}.lock", raw, timeout, tell):
+    with _alone(place / f"{key(raw)}.lock", raw, timeout, tell):
         if not made.exists():
             _drop_old(place, raw)
             _convert(raw, made, run, tell, progress)
@@ -39,10 +39,20 @@ def as_qcow2(raw: Path, run: str, timeout: float, tell: Tell, progress: Progress
 
 def is_converted(raw: Path) -> bool:
     """Tell whether a raw golden image needs no conversion any more."""
-    return (store.place_of("images") / f"{_key(raw)}-{_version(raw)}.qcow2").exists()
+    return (store.place_of("images") / name(raw)).exists()
 
 
-def _key(raw: Path) -> str:
+def name(raw: Path) -> str:
+    """Return the name in the cache of what a raw image, as it is now, becomes.
+
+    Raises:
+        ImageError: it is gone.
+    """
+    return f"{key(raw)}-{_version(raw)}.qcow2"
+
+
+def key(raw: Path) -> str:
+    """Return what all that is made of a raw image begins with."""
     return hashlib.sha256(os.fsencode(raw)).hexdigest()[:16]
 
 
@@ -92,11 +102,11 @@ def _drop_old(place: Path, raw: Path) -> None:
     A machine that uses one has a name of its own for it, so that it keeps its data.
     """
     for source in place.glob("*.source"):
-        if source.stem == _key(raw) or not source.exists():  # it is a link to the raw image
+        if source.stem == key(raw) or not source.exists():  # it is a link to the raw image
             for old in place.glob(f"{source.stem}-*"):
                 old.unlink(missing_ok=True)
             source.unlink(missing_ok=True)
-    (place / f"{_key(raw)}.source").symlink_to(raw)
+    (place / f"{key(raw)}.source").symlink_to(raw)
 
 
 def _convert(raw: Path, made: Path, run: str, tell: Tell, progress: Progress) -> None:

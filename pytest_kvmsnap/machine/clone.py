@@ -34,7 +34,7 @@ def make(domain: Domain, golden: Golden, base: Path, folder: Path) -> None:
         folder.mkdir()
         folder.chmod(0o711)  # see the store
         if base != golden.image:  # it may be dropped when the raw image changes
-            base = _linked(base, folder)
+            base = linked(base, folder)
         overlays = {}
         for number, (backing, image_format) in enumerate([(base, "qcow2"), *further_disks(golden)]):
             overlays[number] = folder / f"disk{number}.qcow2"
@@ -67,10 +67,11 @@ def further_disks(golden: Golden) -> list[tuple[Path, str]]:
     return [(disk.path, disk.format or "raw") for disk in disks if disk.path is not None]
 
 
-def _linked(image: Path, folder: Path) -> Path:
-    linked = folder / "base.qcow2"
-    os.link(image, linked)
-    return linked
+def linked(image: Path, folder: Path) -> Path:
+    """Give a machine a name of its own for a cached image, so that the cache may drop it."""
+    base = folder / "base.qcow2"
+    os.link(image, base)
+    return base
 
 
 def discard(domain: Domain, folder: Path) -> None:
