@@ -117,10 +117,10 @@ def voice(config: pytest.Config) -> "Voice":
                 terminal.ensure_newline()
                 terminal.write_line(f"kvmsnap: {text}")
 
-    def progress(what: str, percent: float) -> None:
+    def progress(percent: float) -> None:
         if terminal is not None and terminal.isatty:
             with _uncaptured(config):
-                terminal.rewrite(f"kvmsnap: converting {what} {percent:3.0f} %", erase=True)
+                terminal.rewrite(f"kvmsnap: converting raw images {percent:3.0f} %", erase=True)
                 sys.stdout.flush()
 
     return Voice(line, progress)

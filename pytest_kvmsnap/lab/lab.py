@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pytest_kvmsnap.errors import KvmsnapError, UsageProblem, merged
@@ -23,6 +23,8 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 from pytest_kvmsnap.markers import Request
 from pytest_kvmsnap.settings import Settings
+
+_Plan = tuple[Domain, Lease, list[Conversion]]
 
 
 class _Held(NamedTuple):
@@ -68,7 +70,7 @@ class Lab:
             UsageProblem: something stands in the way; all problems of all machines in one.
         """
         problems: list[UsageProblem] = []
-        plans: list[tuple[Domain, Lease, list[Conversion]]] = []
+        plans: list[_Plan] = []
         requests = list(requests)
         goldens = _goldens(requests)
         self._remove_dead_clones()
@@ -93,10 +95,10 @@ class Lab:
                     self._checked |= {Request(name, snapshot) for snapshot in snapshots}
             for golden in goldens:
                 problems += self._clones.problems(golden, self.hypervisor)
+            problems += conversion.problems_together(_without_leases(plans))
             if problems:
                 raise merged(problems)
-            for domain, lease, conversions in plans:
-                self._convert(domain, lease, conversions)
+            self._convert(plans)
         for golden in goldens:
             self._clones.base(golden)
             self._checked.add(Request(golden))
@@ -105,11 +107,14 @@ class Lab:
         """Look at all that tests will ask for, as `check` does; start and change nothing."""
         requests = list(requests)
         outlook = Outlook()
+        plans: list[conversion.Plan] = []
         for name, snapshots in _by_domain(requests).items():
             try:
-                self._look_at(self._domain(name), snapshots, outlook)
+                domain = self._domain(name)
+                plans.append((domain, self._look_at(domain, snapshots, outlook)))
             except UsageProblem as problem:
                 outlook.problems.append(problem)
+        outlook.problems += conversion.problems_together(plans)
         for golden in _goldens(requests):
             outlook.images[golden] = [golden.image]
             found = self._clones.problems(golden, self.hypervisor)
@@ -118,7 +123,10 @@ class Lab:
                 outlook.conversions += self._clones.conversions(golden)
         return outlook
 
-    def _look_at(self, domain: Domain, snapshots: list[str | None], outlook: Outlook) -> None:
+    def _look_at(
+        self, domain: Domain, snapshots: list[str | None], outlook: Outlook
+    ) -> list[Conversion]:
+        """Look at one machine; return what would be converted of it."""
         disks = domain.disks(inactive=True)
         outlook.images[domain.name] = [
             disk.path for disk in disks if disk.is_snapshotted and disk.path is not None
@@ -132,15 +140,17 @@ class Lab:
                 journal = journals.load(lease.journal_path)
                 if journal is not None:
                     outlook.notes.append(_left_or_held(journal, is_free))
-                    return
+                    return []
             conversions = conversion.planned(domain, self._run)
             found = self._blockers(domain, snapshots, conversions)
             outlook.problems += found
-            if not found:
-                outlook.conversions += [
-                    PlannedConversion(domain.name, c.raw, c.qcow2, images.space_needed(c.raw))
-                    for c in conversions
-                ]
+            if found:
+                return []
+            outlook.conversions += [
+                PlannedConversion(domain.name, c.raw, c.qcow2, images.space_needed(c.raw))
+                for c in conversions
+            ]
+            return conversions
 
     def _problems(
         self,
@@ -163,21 +173,17 @@ class Lab:
                 found.append(problem)
         return found + conversion.problems(domain, conversions, self._settings.convert)
 
-    def _convert(self, domain: Domain, lease: Lease, conversions: list[Conversion]) -> None:
-        if not conversions:
-            return
-        journal = self._journal(domain, lease)
-        journal.conversions = conversions
-        journal.save()
-        try:
-            lines = conversion.perform(
-                domain, conversions, lambda c, percent: self._voice.progress(str(c.raw), percent)
-            )
-        finally:
-            if not any(os.path.lexists(c.temporary) for c in conversions):
-                journal.remove()
-        for line in lines:
-            self._voice.line(line)
+    def _convert(self, plans: Sequence[_Plan]) -> None:
+        """Convert for all machines at once; their journals say so first."""
+        plans = [plan for plan in plans if plan[2]]
+        with contextlib.ExitStack() as at_end:
+            for domain, lease, conversions in plans:
+                journal = self._journal(domain, lease)
+                journal.conversions = conversions
+                at_end.callback(_forget, journal)
+                journal.save()
+            if plans:
+                conversion.perform(_without_leases(plans), self._voice.progress, self._voice.line)
 
     # for a test
 
@@ -277,9 +283,10 @@ class Lab:
             return
         conversions = conversion.planned(domain, self._run)
         found = self._problems(domain, lease, [request.snapshot], conversions)
+        found = found or conversion.problems_together([(domain, conversions)])
         if found:
             raise merged(found)
-        self._convert(domain, lease, conversions)
+        self._convert([(domain, lease, conversions)])
         self._checked.add(request)
 
     # at the end
@@ -323,6 +330,16 @@ class Lab:
         return Journal(
             lease.journal_path, self._run, domain.hypervisor.uri, domain.name, domain.uuid
         )
+
+
+def _without_leases(plans: Sequence[_Plan]) -> list[conversion.Plan]:
+    return [(domain, conversions) for domain, _, conversions in plans]
+
+
+def _forget(journal: Journal) -> None:
+    """Remove the journal of conversions, unless something is left that it must tell of."""
+    if not any(os.path.lexists(c.temporary) for c in journal.conversions):
+        journal.remove()
 
 
 def _by_domain(requests: Iterable[Request]) -> dict[str, list[str | None]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Voice:
-    """Lines, and the progress of a conversion in per cent."""
+    """Lines, and the progress of all conversions in per cent."""
 
     line: Callable[[str], None]
-    progress: Callable[[str, float], None]
+    progress: Callable[[float], None]

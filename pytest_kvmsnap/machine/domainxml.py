@@ -12,7 +12,11 @@ AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 @dataclass(frozen=True)
 class DiskSource:
-    """A disk as the definition has it. `format` is None when the definition names none."""
+    """A disk as the definition has it. `format` is None when the definition names none.
+
+    Where `has_backing` or `is_slice`, the definition says that the disk is more, or less, than its
+    file.
+    """
 
     target: str
     kind: str
@@ -21,6 +25,10 @@ class DiskSource:
     format: str | None
     readonly: bool
     transient: bool = False
+    shareable: bool = False
+    encrypted: bool = False
+    has_backing: bool = False
+    is_slice: bool = False
 
     @property
     def is_snapshotted(self) -> bool:
@@ -72,6 +80,11 @@ def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
         format=(driver.get("type") if driver is not None else None) or default_format,
         readonly=element.find("readonly") is not None or element.get("device") == "cdrom",
         transient=element.find("transient") is not None,
+        shareable=element.find("shareable") is not None,
+        # libvirt writes it into the source by now, and reads both
+        encrypted=any(element.find(f"{way}encryption") is not None for way in ("", "source/")),
+        has_backing=element.find("backingStore/source") is not None,  # an empty one ends a chain
+        is_slice=element.find("source/slices/slice") is not None,
     )
 
 

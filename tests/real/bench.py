@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from guest import Guest
 from lab import Lab
 
 HERE = Path(__file__).parent
+ONE_TEST = "def test_runs(vm):\n    assert vm.state == 'running'\n"
+NO_TRACE = ("Traceback", "libvirtError", "INTERNALERROR")
 EXAMPLE = HERE.parents[1] / "example_suite"
 # an embedded libvirt says on stderr what a daemon writes into its log
 QUIET = os.environ | {"LIBVIRT_LOG_OUTPUTS": "4:file:/dev/null"}
@@ -197,3 +200,29 @@ class Maker:
         )
         self.made.append(Machine(self._lab, name, disk))
         return self.made[-1]
+
+
+def assert_told_before_the_first_test(result: pytest.RunResult, *parts: str) -> None:
+    said = result.stdout.str() + result.stderr.str()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR, said
+    for part in parts:
+        assert part in said
+    assert [trace for trace in NO_TRACE if trace in said] == []
+    assert said.count(parts[0]) == 1
+    result.assert_outcomes()
+
+
+def move(machine: Machine, folder: Path) -> None:
+    """Move the image of a machine into another folder."""
+    moved = folder / machine.disk.name
+    subprocess.run(["cp", "--sparse=always", machine.disk, moved], check=True)
+    changed = machine.definition.replace(str(machine.disk), str(moved))
+    file = folder.parent / "changed.xml"
+    file.write_text(changed)
+    machine.define(file)
+    machine.disk = moved
+
+
+def fill(folder: Path, leaving: int) -> None:
+    """Leave so many bytes free on the file system of a folder."""
+    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - leaving))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +78,18 @@ def make_machine(lab: Lab, linux: guests.Guest) -> Iterator[Maker]:
 def machine(make_machine: Maker) -> Machine:
     """A machine that is off, on a qcow2 image."""
     return make_machine()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MiB, made with sudo where need be."""
+    sudo = [] if os.getuid() == 0 else ["sudo", "-n"]
+    folder = tmp_path / "small"
+    folder.mkdir()
+    options = f"size=48m,mode=0777,uid={os.getuid()}"
+    mount = [*sudo, "mount", "-t", "tmpfs", "-o", options, "small", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot make a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run([*sudo, "umount", "-l", str(folder)], check=True)

@@ -1,153 +1,22 @@
 """What goes wrong with real machines: each is one clear message, and nothing is lost."""
 
-import hashlib
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench import Machine, Maker, Suite
-
-ONE_TEST = "def test_runs(vm):\n    assert vm.state == 'running'\n"
-NO_TRACE = ("Traceback", "libvirtError", "INTERNALERROR")
-
-
-def assert_told_before_the_first_test(result: pytest.RunResult, *parts: str) -> None:
-    said = result.stdout.str() + result.stderr.str()
-    assert result.ret == pytest.ExitCode.USAGE_ERROR, said
-    for part in parts:
-        assert part in said
-    assert [trace for trace in NO_TRACE if trace in said] == []
-    assert said.count(parts[0]) == 1
-    result.assert_outcomes()
-
-
-# --- the raw image ---------------------------------------------------------------------------
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_raw_image_is_converted_before_the_first_test(make_machine: Maker, suite: Suite) -> None:
-    machine = make_machine(disk_format="raw")
-    raw = digest(machine.disk)
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    result.assert_outcomes(passed=1)
-    qcow2 = machine.disk.with_suffix(".qcow2")
-    result.stdout.fnmatch_lines([f"*converted {machine.disk} to {qcow2.name}*the raw file stays*"])
-    assert digest(machine.disk) == raw
-    assert str(qcow2) in machine.virsh("domblklist")
-    assert 'type="qcow2"' in machine.definition.replace("'", '"')
-    again = suite.run(f"--kvmsnap-domain={machine.name}")
-    again.assert_outcomes(passed=1)
-    again.stdout.no_fnmatch_line("kvmsnap: converted*")
-
-
-def test_run_killed_while_it_converts_leaves_the_machine_usable(
-    make_machine: Maker, suite: Suite, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = make_machine(disk_format="raw")
-    raw, definition = digest(machine.disk), machine.definition
-    sign = pytester.path / "converting"
-    real = subprocess.run(["which", "qemu-img"], capture_output=True, text=True, check=True).stdout
-    slow = pytester.mkdir("bin") / "qemu-img"  # the real one, but it takes its time to convert
-    slow.write_text(
-        "#!/bin/sh\n"
-        f'if [ "$1" = convert ]; then shift; set -- convert -r 1M "$@"; '
-        f'(sleep 1; touch "{sign}") & fi\n'
-        f'exec {real.strip()} "$@"\n'
-    )
-    slow.chmod(0o755)
-    path = os.environ["PATH"]
-    monkeypatch.setenv("PATH", f"{slow.parent}{os.pathsep}{path}")
-    suite.write(ONE_TEST)
-    suite.run_until(sign, f"--kvmsnap-domain={machine.name}")
-    monkeypatch.setenv("PATH", path)
-    assert (digest(machine.disk), machine.definition) == (raw, definition)
-    assert not machine.disk.with_suffix(".qcow2").exists()
-
-    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)
-    assert list(machine.disk.parent.glob(".*.tmp")) == []
-
-
-@pytest.mark.parametrize("convert", ["never", "check"])
-def test_raw_image_is_refused_when_it_may_not_be_converted(
-    make_machine: Maker, suite: Suite, convert: str
-) -> None:
-    machine = make_machine(disk_format="raw")
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}", f"--kvmsnap-convert={convert}")
-    assert_told_before_the_first_test(
-        result, f"{machine.name} has raw disks", str(machine.disk), "--kvmsnap-convert=auto"
-    )
-
+from bench import (
+    NO_TRACE,
+    ONE_TEST,
+    Machine,
+    Maker,
+    Suite,
+    assert_told_before_the_first_test,
+    fill,
+    move,
+)
 
 # --- the disk is full -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 48 MiB, made with sudo where need be."""
-    sudo = [] if os.getuid() == 0 else ["sudo", "-n"]
-    folder = tmp_path / "small"
-    folder.mkdir()
-    options = f"size=48m,mode=0777,uid={os.getuid()}"
-    mount = [*sudo, "mount", "-t", "tmpfs", "-o", options, "small", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot make a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run([*sudo, "umount", "-l", str(folder)], check=True)
-
-
-def move(machine: Machine, folder: Path) -> None:
-    """Move the image of a machine into another folder."""
-    moved = folder / machine.disk.name
-    subprocess.run(["cp", "--sparse=always", machine.disk, moved], check=True)
-    changed = machine.definition.replace(str(machine.disk), str(moved))
-    file = folder.parent / "changed.xml"
-    file.write_text(changed)
-    machine.define(file)
-    machine.disk = moved
-
-
-def fill(folder: Path, leaving: int) -> None:
-    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - leaving))
-
-
-def test_full_disk_while_converting(make_machine: Maker, suite: Suite, small_disk: Path) -> None:
-    machine = make_machine(disk_format="raw")
-    move(machine, small_disk)
-    fill(small_disk, leaving=4 * 2**20)
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result, f"not enough space to convert the images of {machine.name}", "needs up to", "room"
-    )
-    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", machine.disk.name]
-    assert (machine.state, machine.snapshots) == ("shut off", [])
-
-
-def test_disk_that_fills_up_while_converting(
-    make_machine: Maker, suite: Suite, small_disk: Path
-) -> None:
-    """The look at the free space beforehand is made blind, as if others filled the disk since."""
-    machine = make_machine(disk_format="raw")
-    move(machine, small_disk)
-    fill(small_disk, leaving=4 * 2**20)
-    suite.write(
-        ONE_TEST,
-        conftest="from pytest_kvmsnap.machine import images\nimages.space_needed = lambda raw: 0\n",
-    )
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result, f"cannot convert the raw disk vda of {machine.name}", "No space left on device"
-    )
-    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", machine.disk.name]
 
 
 @pytest.mark.parametrize("is_seen_coming", [True, False])

@@ -106,6 +106,28 @@ def test_a_disk_is_read(element: str, expected: DiskSource) -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "in_source", "is_true_of_it"),
+    [
+        ("", "", set()),
+        ("<backingStore/>", "<slices/>", set()),
+        ("<backingStore type='file'><source file='/b'/></backingStore>", "", {"has_backing"}),
+        ("<encryption format='luks'/>", "", {"encrypted"}),
+        ("", "<encryption format='luks'/>", {"encrypted"}),
+        ("", "<slices><slice type='storage' offset='0' size='1'/></slices>", {"is_slice"}),
+        ("<shareable/>", "", {"shareable"}),
+    ],
+)
+def test_what_the_definition_says_beyond_the_file_is_read(
+    more: str, in_source: str, is_true_of_it: set[str]
+) -> None:
+    disk = only_disk(
+        f"<disk type='file'><source file='/a'>{in_source}</source><target dev='vda'/>{more}</disk>"
+    )
+    asked = ("has_backing", "encrypted", "is_slice", "shareable")
+    assert {name for name in asked if getattr(disk, name)} == is_true_of_it
+
+
+@pytest.mark.parametrize(
     ("attributes", "more", "is_snapshotted", "is_raw"),
     [
         ("device='disk'", "", True, True),
