@@ -36,10 +36,9 @@ class Clones:
     def problems(self, golden: Golden, hypervisor: Hypervisor) -> list[UsageProblem]:
         """Return what stands in the way of machines on a golden image; changes nothing."""
         found = goldencheck.problems(golden, hypervisor, self._settings.ready)
-        convert = self._settings.convert
-        is_raw = golden.format == "raw" and not found
-        if is_raw and convert != "auto" and not goldens.is_converted(golden.image):
-            return [goldencheck.unwanted_conversion(golden, convert)]
+        if not found and golden.format == "raw" and not goldens.is_converted(golden.image):
+            problem = goldencheck.conversion_problem(golden, self._settings.convert)
+            return [problem] if problem is not None else []
         return found
 
     def conversions(self, golden: Golden) -> list[PlannedConversion]:

@@ -3,13 +3,15 @@
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
 
-from pytest_kvmsnap.errors import ImageError, LeaseError
+from pytest_kvmsnap.errors import ConversionError, ImageError, LeaseError
 from pytest_kvmsnap.machine import conversion, images, store
+from pytest_kvmsnap.sizes import mib
 
 Tell = Callable[[str], None]
 Progress = Callable[[float], None]
@@ -23,7 +25,7 @@ def as_qcow2(raw: Path, run: str, timeout: float, tell: Tell, progress: Progress
     converts and the others wait.
 
     Raises:
-        ImageError: that failed; nothing of it is left.
+        ConversionError, ImageError: that failed; nothing of it is left.
         LeaseError: the other run does not get on with it.
     """
     place = store.folder("images")
@@ -104,6 +106,7 @@ def _drop_old(place: Path, raw: Path) -> None:
     for source in place.glob("*.source"):
         if source.stem == key(raw) or not source.exists():  # it is a link to the raw image
             for old in place.glob(f"{source.stem}-*"):
+                images.end_writers(old)  # of a draft that a killed run left
                 old.unlink(missing_ok=True)
             source.unlink(missing_ok=True)
     (place / f"{key(raw)}.source").symlink_to(raw)
@@ -116,7 +119,16 @@ def _convert(raw: Path, made: Path, run: str, tell: Tell, progress: Progress) ->
         images.convert_all([(raw, draft)], progress)
         conversion.like(raw, draft)
         draft.rename(made)
+    except ImageError as error:
+        free = mib(shutil.disk_usage(made.parent).free)
+        raise ConversionError(
+            "cannot convert the golden image to qcow2",
+            where=str(raw),
+            why=error.why,
+            cure=f"the raw image is untouched; {free} are free in {made.parent}, and TMPDIR names"
+            " another place",
+        ) from None
     finally:
         draft.unlink(missing_ok=True)
-    size = conversion.mib(made.stat().st_blocks * 512)
+    size = mib(made.stat().st_blocks * 512)
     tell(f"converted the golden image {raw} to qcow2 ({size}), kept in {made.parent}")

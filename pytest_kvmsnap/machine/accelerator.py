@@ -54,10 +54,11 @@ def domain_type(hypervisor: Hypervisor) -> Literal["kvm", "qemu"]:
         return "qemu"
     if not hypervisor.is_local or not _opens(KVM):
         return "kvm"  # libvirt may use it although we may not, and we can only believe it
-    if boots(emulator, "kvm"):
-        return "kvm"
+    booted = boots(emulator, "kvm")
+    if booted or booted is None:
+        return "kvm" if booted else "qemu"
     # Without KVM it must come: else this user cannot run the emulator, and that proved nothing.
-    return "qemu" if boots(emulator, "tcg") else "kvm"
+    return "kvm" if boots(emulator, "tcg") is False else "qemu"
 
 
 def _emulator(hypervisor: Hypervisor) -> str | None:
@@ -77,8 +78,11 @@ def _opens(device: Path) -> bool:
     return True
 
 
-def boots(emulator: str, accelerator: str) -> bool:
-    """Tell whether the boot sector runs to its end with this accelerator, `kvm` or `tcg`."""
+def boots(emulator: str, accelerator: str) -> bool | None:
+    """Tell whether the boot sector runs to its end with this accelerator, `kvm` or `tcg`.
+
+    None stands for one that was still running when its time was over.
+    """
     with tempfile.NamedTemporaryFile(prefix="kvmsnap-boot-") as disk:
         disk.write(BOOT_SECTOR)
         disk.truncate(_DISK_SIZE)
@@ -97,6 +101,8 @@ def boots(emulator: str, accelerator: str) -> bool:
                 timeout=DEADLINE,
                 check=False,
             )
-        except (OSError, subprocess.TimeoutExpired):  # the latter has killed it
+        except subprocess.TimeoutExpired:  # which has killed it
+            return None
+        except OSError:
             return False
     return done.returncode == _EXIT_STATUS

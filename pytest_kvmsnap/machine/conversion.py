@@ -14,6 +14,7 @@ from pytest_kvmsnap.errors import BlockedError, ConversionError, ImageError, Usa
 from pytest_kvmsnap.machine import domainxml, images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import DiskSource
+from pytest_kvmsnap.sizes import mib
 
 
 @dataclass(frozen=True)
@@ -393,8 +394,3 @@ def remove_leftovers(domain: Domain, conversions: list[Conversion]) -> None:
             ):
                 conversion.qcow2.unlink()
             conversion.temporary.unlink()
-
-
-def mib(size: int) -> str:
-    """Return a size for people."""
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"

@@ -1,13 +1,15 @@
 """What stands in the way of throwaway machines on a golden image. Changes nothing."""
 
 import os
+import shutil
 from pathlib import Path
 
-from pytest_kvmsnap.errors import BlockedError, ImageError, UsageProblem
+from pytest_kvmsnap.errors import BlockedError, ConversionError, ImageError, UsageProblem
 from pytest_kvmsnap.golden import Golden
-from pytest_kvmsnap.machine import clone, clonexml, images
+from pytest_kvmsnap.machine import clone, clonexml, images, store
 from pytest_kvmsnap.machine.clonexml import Parts
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor
+from pytest_kvmsnap.sizes import mib
 
 _NOBODY = "00000000-0000-4000-8000-000000000000"
 
@@ -106,15 +108,28 @@ def _built_in_problems(golden: Golden, hypervisor: Hypervisor) -> list[UsageProb
     ]
 
 
-def unwanted_conversion(golden: Golden, convert: str) -> BlockedError:
-    """Return the refusal to convert a raw golden image."""
-    size = images.space_needed(golden.image)
-    return BlockedError(
-        f"the golden image {golden} is raw, and machines on it need qcow2",
-        where=str(golden.image),
-        why=f"it would be converted into a cache (up to {size} bytes), and kvmsnap's option"
-        f" convert is {convert!r}",
-        cure="let it be converted with --kvmsnap-convert=auto (the raw file stays)",
+def conversion_problem(golden: Golden, convert: str) -> UsageProblem | None:
+    """Return why a raw golden image, of which there is no qcow2 image yet, cannot become one."""
+    try:
+        size = images.space_needed(golden.image)
+    except ImageError as error:
+        return error
+    if convert != "auto":
+        return BlockedError(
+            f"the golden image {golden} is raw, and machines on it need qcow2",
+            where=str(golden.image),
+            why=f"it would be converted, which takes up to {mib(size)} in {store.base()}, and"
+            f" kvmsnap's option convert is {convert!r}",
+            cure="let it be converted with --kvmsnap-convert=auto (the raw file stays)",
+        )
+    free = shutil.disk_usage(store.base()).free
+    if size <= free:
+        return None
+    return ConversionError(
+        f"not enough space to convert the golden image {golden}",
+        where=str(store.base()),
+        why=f"needs up to {mib(size)}, has {mib(free)}",
+        cure="make room there, or name another folder by TMPDIR",
     )
 
 

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from pytest_kvmsnap.errors import SnapshotError
-from pytest_kvmsnap.machine.conversion import mib
 from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.sizes import mib
 
 
 def check_space(domain: Domain) -> None:

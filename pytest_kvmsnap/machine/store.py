@@ -7,10 +7,14 @@ from pathlib import Path
 from pytest_kvmsnap.errors import ImageError
 
 
+def base() -> Path:
+    """Return the folder below which all of it lies."""
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - what is below is checked
+
+
 def place_of(name: str) -> Path:
     """Return where a folder is, or would be."""
-    base = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - in a folder that is checked
-    return Path(base, f"pytest-kvmsnap-{os.geteuid()}", name)
+    return base() / f"pytest-kvmsnap-{os.geteuid()}" / name
 
 
 def folder(name: str) -> Path:

@@ -101,13 +101,18 @@ class Suite:
     ) -> None:
         self._pytester = pytester
         self._lab = lab
+        self._monkeypatch = monkeypatch
         self.record = pytester.path / "record"
         self.locks = pytester.path / "locks"
-        self.store = pytester.mkdir("store")
+        self.keep_images_in(pytester.mkdir("store"))
         monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{EXAMPLE}")
         monkeypatch.setenv("KVMSNAP_RECORD", str(self.record))
-        monkeypatch.setenv("TMPDIR", str(self.store))
         monkeypatch.setenv("LIBVIRT_LOG_OUTPUTS", QUIET["LIBVIRT_LOG_OUTPUTS"])
+
+    def keep_images_in(self, folder: Path) -> None:
+        """Have throwaway machines and converted golden images in a folder."""
+        self.store = folder
+        self._monkeypatch.setenv("TMPDIR", str(folder))
 
     def write(self, tests: str, conftest: str = "") -> None:
         self._pytester.makepyfile(test_inner="import pytest, subprocess\n" + tests)

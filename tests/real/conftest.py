@@ -48,23 +48,6 @@ def suite(pytester: pytest.Pytester, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def slow_qemu_img(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose `bin/qemu-img` takes its time to convert, and makes the file `converting`."""
-    real = shutil.which("qemu-img")
-    slow = tmp_path / "bin" / "qemu-img"
-    slow.parent.mkdir()
-    slow.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in "convert "*"-O qcow2"*) shift; set -- convert -r 1M "$@"; '
-        f'(sleep 1; touch "{tmp_path}/converting") & ;; esac\n'
-        f'exec {real} "$@"\n'
-    )
-    slow.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{slow.parent}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path
-
-
-@pytest.fixture
 def make_machine(lab: Lab, linux: guests.Guest) -> Iterator[Maker]:
     maker = Maker(lab, linux)
     yield maker

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench import Suite
+from bench import NO_TRACE, Suite, assert_told_before_the_first_test, fill
+from qemuimg import CONVERTING, fake_qemu_img
 
 import guest as guests
 
@@ -315,8 +315,14 @@ def test_it(vm):
 
 
 def test_a_conversion_that_was_killed_is_begun_anew(
-    linux: guests.Guest, suite: Suite, folder: Path, template: Template, slow_qemu_img: Path
+    linux: guests.Guest,
+    suite: Suite,
+    folder: Path,
+    template: Template,
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By the real qemu-img, but it takes its time. It goes on when the run is killed."""
     raw = folder / "golden.raw"
     guests.copy_root(linux, raw)
     suite.write(
@@ -325,13 +331,71 @@ def test_a_conversion_that_was_killed_is_begun_anew(
 def test_it(vm): pass
 """
     )
-    suite.run_until(slow_qemu_img / "converting")
+    sign = pytester.path / "converting"
+    with monkeypatch.context() as patched:
+        slow = f'set -- convert -r 50k "$@"; (sleep 1; touch "{sign}") &'
+        script = f'if {CONVERTING}; then shift; {slow} fi; exec $real "$@"'
+        fake_qemu_img(patched, pytester.path / "bin", script)
+        suite.run_until(sign)
     assert suite.converted() == []
     assert len(list(suite.store.glob("*/images/*.draft"))) == 1
-    shutil.rmtree(slow_qemu_img / "bin")
     suite.run().assert_outcomes(passed=1)
     assert len(suite.converted()) == 1
     assert list(suite.store.glob("*/images/*.draft")) == []
+    assert suite.left_over() == []
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+def test_full_disk_while_converting(
+    linux: guests.Guest, suite: Suite, small_disk: Path, template: Template, folder: Path
+) -> None:
+    raw = folder / "golden.raw"
+    guests.copy_root(linux, raw)
+    suite.keep_images_in(small_disk)
+    fill(small_disk, leaving=2 * 2**20)
+    suite.write(
+        f"""
+@pytest.mark.kvm_golden({str(raw)!r}, template={str(template())!r})
+def test_it(vm): pass
+"""
+    )
+    assert_told_before_the_first_test(
+        suite.run(), "not enough space to convert the golden image golden.raw", "TMPDIR"
+    )
+    assert suite.converted() == []
+    assert suite.left_over() == []
+
+
+def test_full_disk_while_snapshotting(
+    suite: Suite, small_disk: Path, image: Path, template: Template
+) -> None:
+    """It fills up only when the machine is there: the look at it beforehand sees enough room."""
+    suite.keep_images_in(small_disk)
+    suite.write(
+        f"""
+pytestmark = pytest.mark.kvm_golden({str(image)!r}, template={str(template())!r})
+@pytest.mark.parametrize("turn", range(3))
+def test_it(vm, turn): pass
+""",
+        conftest=f"""
+from pathlib import Path
+from bench import fill
+from pytest_kvmsnap.machine import clone
+make = clone.make
+def make_and_fill(*args):
+    make(*args)
+    fill(Path({str(small_disk)!r}), leaving=12 * 2**20)
+clone.make = make_and_fill
+""",
+    )
+    result = suite.run()
+    result.assert_outcomes(errors=3)
+    said = result.stdout.str()
+    assert said.count("\nthere is no room for a snapshot of the running machine") == 2
+    assert "2 machines on it did not come up" in said
+    assert [trace for trace in NO_TRACE if trace in said] == []
     assert suite.left_over() == []
 
 
@@ -359,12 +423,12 @@ import pathlib, tempfile, pytest
 from lab import open_lab
 from pytest_kvmsnap.machine import images
 
-real = images.to_qcow2
-def to_qcow2(*args):
+real = images.convert_all
+def convert_all(*args):
     with open({str(calls)!r}, "a") as file:
         print("convert", file=file)
     real(*args)
-images.to_qcow2 = to_qcow2
+images.convert_all = convert_all
 
 def pytest_kvmsnap_lab(config):
     folder = tempfile.mkdtemp(prefix="kvm-", dir="/tmp")  # an embedded libvirt serves one process

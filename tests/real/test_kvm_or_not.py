@@ -25,7 +25,7 @@ def test_boot_sector_runs_in_a_real_emulator() -> None:
     qemu = shutil.which("qemu-system-x86_64")
     assert qemu is not None
     assert boots(qemu, "tcg")
-    assert not boots(qemu, "none")
+    assert boots(qemu, "none") is False
 
 
 def test_kvm_is_chosen_where_it_runs_a_kernel(lab: Lab) -> None:

@@ -91,6 +91,7 @@ def test_kvm_that_only_emulates_is_killed(
     pid = tmp_path / "pid"
     host = Host(emulator(f"echo $$ > {pid} && exec sleep 600", f"exit {BOOTED}"))
     assert domain_type(host) == "qemu"
+    assert runs(tmp_path) == ["kvm"]
     assert not Path("/proc", pid.read_text().strip()).exists()
 
 
