@@ -370,7 +370,7 @@ def test_raw_disk_that_shall_not_be_converted(
     host.define("box", disk(raw, "raw"))
     refuse(
         "box has raw disks, and internal snapshots need qcow2",
-        f"vda: {raw} (would become {raw.removesuffix('.raw')}.qcow2)",
+        f"vda: {raw} (would become {raw.removesuffix('.raw')}.qcow2, and take up to",
         f"option convert is {convert!r}",
         "--kvmsnap-convert=auto",
         args=(f"--kvmsnap-convert={convert}",),
@@ -424,7 +424,7 @@ def test_two_raw_disks_that_would_become_the_same_image(
     second = suite.pytester.path / "images" / "box.img"
     second.write_bytes(b"second".ljust(2**20, b"\0"))
     host.define("box", disk(raw, "raw"), disk(second, "raw", target="vdb"))
-    refuse("2 problems must be solved", f"{raw}\n  why:   another of its disks would become")
+    refuse("2 problems must be solved", f"{raw}\n  why:   another raw disk would become")
 
 
 def test_block_device(refuse: Refuse, host: "Host") -> None:
