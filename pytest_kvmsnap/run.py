@@ -166,7 +166,10 @@ def close(config: pytest.Config) -> bool:
     if lab is None:
         return True
     failures = lab.close()
-    config.stash[_CLOSING] = [*_unproven_words(lab.unproven), *map(str, failures)]
+    words = [*lab.grown, *_unproven_words(lab.unproven)]
+    config.stash[_CLOSING] = [*words, *map(str, failures)]
+    if xdist.is_worker(config):  # it says the failures itself
+        xdist.hand_over_words(config, words)
     if not config.pluginmanager.has_plugin("terminalreporter") or config.getoption("no_summary"):
         _say(failures)
     return not failures
@@ -183,7 +186,7 @@ def _unproven_words(unproven: dict[str, list[str]]) -> list[str]:
 
 def closing_words(config: pytest.Config) -> list[str]:
     """Return what must be said at the end of the run; mostly nothing."""
-    return config.stash.get(_CLOSING, [])
+    return [*config.stash.get(_CLOSING, []), *xdist.words_of_workers(config)]
 
 
 def clean(config: pytest.Config) -> int:

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.golden import NamedFile
+from pytest_kvmsnap.sizes import parse_size
 
 HOOK = "pytest_kvmsnap_lab"
+_GROWTH_LIMIT = 10 * 2**30
 
 
 def _text(value: str) -> str:
@@ -225,6 +227,14 @@ OPTIONS = (
         "folder of the locks and journals",
         "DIR",
     ),
+    Option(
+        "growth-limit",
+        parse_size,
+        _GROWTH_LIMIT,
+        "10 GiB",
+        "warn when the image of a machine grew by more during the run",
+        "SIZE",
+    ),
 )
 _BY_KEY = {option.key: option for option in OPTIONS}
 
@@ -247,6 +257,7 @@ class Settings:
     revert_timeout: float = 300.0
     lock_timeout: float = 600.0
     lock_dir: Path | None = None
+    growth_limit: int = _GROWTH_LIMIT
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 

@@ -1,7 +1,8 @@
-"""Telling people of wrong use under pytest-xdist, whose workers have no voice of their own.
+"""Telling people something under pytest-xdist, whose workers have no voice of their own.
 
 A usage error that is raised in a worker becomes an internal error without its text. So a worker
-hands the message to the controller and has no tests, and the controller prints it, once.
+hands the message to the controller and has no tests, and the controller prints it, once. What is to
+be said at the end of the run goes the same way.
 """
 
 import os
@@ -14,7 +15,9 @@ from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.settings import HOOK, Settings
 
 _OUTPUT = "kvmsnap_problem"
+_WORDS = "kvmsnap_words"
 _PROBLEMS = pytest.StashKey[list[str]]()
+_CLOSING = pytest.StashKey[list[str]]()
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -52,19 +55,35 @@ def refuse_shared_root(config: pytest.Config, settings: Settings) -> None:
 
 def hand_over(session: pytest.Session, problem: str) -> None:
     """In a worker: give the message to the controller, and run nothing."""
-    output: dict[str, Any] = getattr(session.config, "workeroutput")  # noqa: B009 - of pytest-xdist
-    output[_OUTPUT] = problem
+    _output(session.config)[_OUTPUT] = problem
     session.items.clear()
 
 
+def hand_over_words(config: pytest.Config, words: list[str]) -> None:
+    """In a worker: let the controller say at the end of the run what was said here."""
+    _output(config)[_WORDS] = words
+
+
+def _output(config: pytest.Config) -> dict[str, Any]:
+    output: dict[str, Any] = getattr(config, "workeroutput")  # noqa: B009 - of pytest-xdist
+    return output
+
+
 def take_over(node: Any) -> None:
-    """In the controller: keep what a worker handed over, each message once."""
-    problem: str | None = getattr(node, "workeroutput", {}).get(_OUTPUT)
+    """In the controller: keep what a worker handed over, each problem once."""
+    output: dict[str, Any] = getattr(node, "workeroutput", {})
+    problem: str | None = output.get(_OUTPUT)
     problems = node.config.stash.setdefault(_PROBLEMS, [])
     if problem is not None and problem not in problems:
         problems.append(problem)
+    node.config.stash.setdefault(_CLOSING, []).extend(output.get(_WORDS, []))
 
 
 def handed_over(config: pytest.Config) -> list[str]:
     """In the controller: return what the workers handed over."""
     return config.stash.get(_PROBLEMS, [])
+
+
+def words_of_workers(config: pytest.Config) -> list[str]:
+    """In the controller: return what the workers would say at the end of the run."""
+    return config.stash.get(_CLOSING, [])

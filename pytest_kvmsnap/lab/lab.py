@@ -40,6 +40,7 @@ class Lab:
     """The machines of one process, on one hypervisor, from the first test to the last.
 
     `unproven` are the tests, by machine, after which only the state from outside proves the revert.
+    `grown` are the words on images that grew too much, which were told already.
     """
 
     def __init__(self, settings: Settings, voice: Voice) -> None:
@@ -51,6 +52,7 @@ class Lab:
         self._checked: set[Request] = set()
         self._clones = Clones(settings, voice, self._run)
         self.unproven: dict[str, list[str]] = {}
+        self.grown: list[str] = []
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -253,11 +255,17 @@ class Lab:
         for key, held in list(self._held.items()):
             try:
                 held.savepoints.settle()
+                self._tell_growth(held.machine)
                 if held.savepoints.is_idle and held.lease.is_wanted():
                     self._give_up(key)
             except KvmsnapError as error:
                 failures.append(error)
         return failures
+
+    def _tell_growth(self, machine: Machine) -> None:
+        for line in machine.growth():
+            self._voice.line(line)
+            self.grown.append(line)
 
     def _give_up(self, key: str | Golden) -> None:
         """Leave a machine as it was found, and let others have it."""

@@ -19,6 +19,7 @@ from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
 from pytest_kvmsnap.guest.ready import means_of, set_clock, wait_ready
 from pytest_kvmsnap.lab import restore
+from pytest_kvmsnap.lab.growth import Growth
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.machine import space
 from pytest_kvmsnap.machine.domain import Domain, Fingerprint
@@ -50,6 +51,7 @@ class Machine:
         self._settings = settings
         self._ready = means_of(domain, settings.ready)
         self._found = restore.look(domain)
+        self._growth = Growth(domain, settings.growth_limit)
         self._powers = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
         self._baseline: str | None = None
         self._numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(1))
@@ -92,6 +94,10 @@ class Machine:
         if self._journal.test != test:
             self._journal.test = test
             self._journal.save()
+
+    def growth(self) -> list[str]:
+        """Return what to tell of images that grew, after the last test; each is told once."""
+        return self._growth.news(self._journal.test)
 
     # the way to a state
 

@@ -96,6 +96,15 @@ def test_what_it_is(vm):
     assert disk.virtual_size == 256 * 2**20 and 0 < disk.disk_size
     assert {{s.name for s in vm.snapshots()}} == set(disk.snapshots)
 
+def test_disks_of_a_machine_that_runs(vm):
+    [before] = vm.disks()
+    vm.run("dd if=/dev/urandom of=/root/data bs=1M count=20 conv=fsync", check=True)
+    [written] = vm.disks()
+    assert 20 <= (written.disk_size - before.disk_size) / 2**20 < 40
+    vm.snapshot("of-the-data")
+    [taken] = vm.disks()
+    assert set(taken.snapshots) == {{*before.snapshots, "of-the-data"}}
+
 def test_off_and_on(vm):
     vm.shutdown()
     assert vm.state == "shut off"
@@ -124,11 +133,24 @@ def test_name_that_qemu_refuses(vm, name):
     with pytest.raises(Exception, match="wrong name for a snapshot"):
         vm.snapshot(name)
 
-def test_nothing_of_it_is_left(vm):
-    assert len(vm.snapshots()) == 2
+@pytest.fixture(scope="class")
+def prepared(class_vm): class_vm.write_text("/root/state", "prepared")
+
+class TestPrepared:
+    def test_prepared(self, prepared, vm):
+        assert vm.read_text("/root/state") == "prepared"
+        assert len(vm.disks()[0].snapshots) == 3
+    def test_elsewhere(self, vm): pass
+
+def test_nothing_of_it_is_left(vm):  # though the machine was not reverted since
+    assert len(vm.snapshots()) == len(vm.disks()[0].snapshots) == 2
 """
     )
-    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=6)
+    result = suite.run(f"--kvmsnap-domain={machine.name}", "--kvmsnap-growth-limit=40 MiB")
+    result.assert_outcomes(passed=9)
+    words = f"its image {machine.disk} grew by * since this run took the machine, as seen after*"
+    result.stdout.fnmatch_lines([f"kvmsnap: {machine.name}: {words}::test_what_it_is.*"])
+    assert sum("grew by" in line for line in result.outlines) == 2  # then, and at the end
 
 
 def test_guest_that_boots_from_its_disk(

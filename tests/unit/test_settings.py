@@ -53,6 +53,7 @@ RIGHT: list[tuple[str, object, object]] = [
     ("lock_dir", "/var/locks", Path("/var/locks")),
     ("lock_dir", Path("/var/locks"), Path("/var/locks")),
     ("lock_dir", "~/locks", Path.home() / "locks"),
+    ("growth_limit", "512 MiB", 512 * 2**20),
 ]
 
 # option, what is given, what is said
@@ -89,6 +90,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("lock_dir", "", "must not be empty"),
     ("lock_dir", "locks", "must be an absolute path"),
     ("lock_dir", "./locks", "must be an absolute path"),
+    ("growth_limit", 10, "'10': must be a size above 0 with its unit, such as 512 MiB or 10 GiB"),
     ("uri", object(), "must be text, a number or a path"),
     ("uri", {"uri": 1}, "must be text, a number or a path"),
 ]
