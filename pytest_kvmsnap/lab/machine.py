@@ -54,6 +54,7 @@ class Machine:
         self._growth = Growth(domain, settings.growth_limit)
         self._powers = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
         self._baseline: str | None = None
+        self._forgotten: set[str] = set()  # snapshots that are to be deleted
         self._numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(1))
         self._stand: _Stand | None = None
         self._user = ""  # the test that used the machine last
@@ -177,10 +178,23 @@ class Machine:
         return (name, *theirs)
 
     def forget(self, snapshots: tuple[str, ...]) -> None:
-        """Let go of snapshots that serve no more; the next revert deletes them."""
+        """Let go of snapshots that serve no more; the next revert or `tidy` deletes them."""
         for name in snapshots:
             self._powers.pop(name, None)
             self._journal.taken.pop(name, None)
+        self._forgotten.update(snapshots)
+
+    def tidy(self) -> None:
+        """Delete what was let go of, when no revert has come since.
+
+        Raises:
+            QuarantinedError: the machine failed before.
+            MachineError: that failed; the machine is in quarantine from now on.
+        """
+        if self._forgotten:
+            with self._in_quarantine_if_it_fails():
+                restore.delete(self.domain, self._forgotten.__contains__)
+                self._forgotten.clear()
 
     def close(self) -> None:
         """Leave the machine as it was found.
@@ -317,7 +331,8 @@ class Machine:
         if is_used and self._marked is None and self._takes_marks():
             self.unproven.append(self._user)
         restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
-        restore.delete_unknown(self.domain, set(self._powers))
+        restore.delete(self.domain, lambda name: name not in self._powers)
+        self._forgotten.clear()
         self._check_state(snapshot)
         if self._powers[snapshot] == "running":
             self._arrive()

@@ -1,5 +1,7 @@
 """Putting a machine back: to a snapshot after a test, as it was found after a run or a crash."""
 
+from collections.abc import Callable
+
 from pytest_kvmsnap.errors import MachineError
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
@@ -50,10 +52,10 @@ def _define_again(domain: Domain, journal: Journal) -> None:
             domain.redefine_snapshot(xml, current=False)
 
 
-def delete_unknown(domain: Domain, known: set[str]) -> None:
-    """Delete the snapshots that a test made, children first."""
+def delete(domain: Domain, is_over: Callable[[str], bool]) -> None:
+    """Delete the snapshots whose names `is_over` tells, children first."""
     for name in reversed(domain.snapshot_xmls()):
-        if name not in known:
+        if is_over(name):
             domain.delete_snapshot(name)
 
 

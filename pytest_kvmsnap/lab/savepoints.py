@@ -174,11 +174,16 @@ class Savepoints:
     def settle(self) -> None:
         """Undo at once what was let go of, rather than when the machine is needed elsewhere.
 
+        The snapshots that held it are deleted.
+
         Raises:
-            RevertError: that failed.
+            MachineError: that failed.
         """
-        if self._is_owing and self._at is not None and not self.machine.has_failed:
+        if self.machine.has_failed:
+            return
+        if self._is_owing and self._at is not None:
             self.undo(self._at)
+        self.machine.tidy()
 
     def _leave_line(self) -> None:
         line, self._line = self._line, None

@@ -259,9 +259,9 @@ def test_two(vm): pass
         "take database",
         *revert("database"),
         *revert("installed", 2),
+        "delete database",  # the module is over, and the machine elsewhere
         *revert("found"),
         "delete found",
-        "delete database",
     ),
     "off": Shape(
         DATABASE + "def test_one(database, vm): pass\ndef test_two(vm): pass",
@@ -270,14 +270,49 @@ def test_two(vm): pass
         "take database",
         *revert("database"),
         *revert("base", 2),
-        *revert("found"),
         "delete database",
+        *revert("found"),
         "delete base",
         "delete found",
         found="shut off",
     ),
 }
 SHAPES["paused"] = Shape(SHAPES["off"].tests, *SHAPES["off"].log, found="paused")
+
+
+def test_what_is_over_is_deleted_though_the_machine_is_not_used_again(
+    suite: "Suite", host: "Host"
+) -> None:
+    """`box` stands elsewhere when its preparation and its way through the module are over."""
+    host.define("box", state="running")
+    host.define("other", state="running")
+    write(
+        suite,
+        DATABASE
+        + """
+import libvirt
+
+def snapshots_of_box():
+    names = libvirt.open("test:///default").lookupByName("box").snapshotListNames()
+    return sorted(name.split("-")[1] for name in names)
+
+@pytest.fixture(scope="class")
+def tables(database, class_vm): class_vm.snapshot("of-the-preparation")
+
+class TestBox:
+    def test_first(self, tables, vm): pass
+    def test_held(self, class_vm): pass
+    def test_last(self, vm):
+        assert snapshots_of_box() == ["database", "found", "held", "tables", "the"]
+
+@pytest.mark.kvm_domain("other")
+class TestOther:
+    def test_first(self, vm): assert snapshots_of_box() == ["database", "found"]
+
+def test_database(database, vm): assert read(vm) == ["database"]
+""",
+    )
+    suite.run().assert_outcomes(passed=5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
