@@ -210,7 +210,6 @@ class _Copy:
             flush(self._target)
         except OSError as error:
             raise self._failed(str(error)) from None
-        self.percent = 100.0
 
     def _start(self) -> "subprocess.Popen[bytes] | None":
         command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2"]

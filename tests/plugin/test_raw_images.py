@@ -169,7 +169,9 @@ def write_two(suite: "Suite") -> None:
     )
 
 
-def test_there_is_one_display_of_the_progress(suite: "Suite", host: "Host", image: Image) -> None:
+def test_there_is_one_display_of_the_progress(
+    suite: "Suite", host: "Host", image: Image, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = Image(image.folder, "other")
     host.define("box", disk(image.raw, "raw"))
     host.define("other", disk(other.raw, "raw"))
@@ -181,11 +183,11 @@ def test_there_is_one_display_of_the_progress(suite: "Suite", host: "Host", imag
             terminal.isatty = type(terminal.isatty)(True)  # not everywhere a bool
         """
     )
-    result = suite.run("--color=no")
-    result.assert_outcomes(passed=2)
-    out = result.stdout.str()
-    shown = re.findall(r"kvmsnap: converting raw images +(\d+) %", out)
+    suite.run("--color=no").assert_outcomes(passed=2)
+    out = capsys.readouterr().out
+    shown = re.findall(r"\rkvmsnap: converting raw images +(\d+) %", out)
     assert out.count("converting") == len(shown)
+    assert out.count("\n", out.index("converting"), out.rindex("converting")) == 0
     assert [int(percent) for percent in shown] == sorted(int(percent) for percent in shown)
     assert shown[-1] == "100"
 

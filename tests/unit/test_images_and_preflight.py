@@ -137,6 +137,15 @@ def test_an_image_that_cannot_be_read_is_told(
     assert "box.qcow2" in caught.value.why
 
 
+def test_a_name_that_is_no_text_is_no_trouble(qemu_img: str, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.qcow2"))
+    path.write_bytes(b"no qcow2")
+    with pytest.raises(ImageError, match="qemu-img info failed"):
+        images.info(path, "qcow2", in_use=False)
+    path.unlink()
+    assert images.info(qcow2(qemu_img, path), "qcow2", in_use=False).virtual_size == 3 * MIB
+
+
 def test_without_qemu_img_its_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
