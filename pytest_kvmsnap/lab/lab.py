@@ -168,7 +168,7 @@ class Lab:
     def _blockers(
         self, domain: Domain, snapshots: Iterable[str | None], conversions: list[Conversion]
     ) -> list[UsageProblem]:
-        found = preflight.problems(domain, self._settings.ready)
+        found = preflight.problems(domain, self._settings.ready, live=self._settings.live)
         for snapshot in snapshots:
             problem = preflight.snapshot_problem(domain, snapshot) if snapshot else None
             if problem is not None:

@@ -29,6 +29,7 @@ class DiskSource:
     encrypted: bool = False
     has_backing: bool = False
     is_slice: bool = False
+    protocol: str | None = None
 
     @property
     def is_snapshotted(self) -> bool:
@@ -55,28 +56,32 @@ class Snapshot:
     internal: bool = True
 
 
-def disks(domain_xml: str, default_format: str | None = None) -> list[DiskSource]:
+def parsed(xml: str | ET.Element) -> ET.Element:
+    """Return the root of an XML text; one that was parsed before is returned as it is."""
+    return ET.fromstring(xml) if isinstance(xml, str) else xml
+
+
+def disks(domain_xml: str | ET.Element, default_format: str | None = None) -> list[DiskSource]:
     """Return the disks of a definition, in its order.
 
     `default_format` stands for a missing `<driver type=…>`: QEMU domains mean `raw` by it
     (https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms).
     """
     return [
-        _disk(element, default_format)
-        for element in ET.fromstring(domain_xml).iterfind("./devices/disk")
+        _disk(element, default_format) for element in parsed(domain_xml).iterfind("./devices/disk")
     ]
 
 
 def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
     source, driver, target = (element.find(tag) for tag in ("source", "driver", "target"))
-    place = None
+    path = None
     if source is not None:
-        place = source.get("file") or source.get("dev") or source.get("dir")
+        path = source.get("file") or source.get("dev") or source.get("dir")
     return DiskSource(
         target=(target.get("dev") if target is not None else None) or "?",
         kind=element.get("type", "file"),
         device=element.get("device", "disk"),
-        path=Path(place) if place else None,
+        path=Path(path) if path else None,
         format=(driver.get("type") if driver is not None else None) or default_format,
         readonly=element.find("readonly") is not None or element.get("device") == "cdrom",
         transient=element.find("transient") is not None,
@@ -85,7 +90,25 @@ def _disk(element: ET.Element, default_format: str | None) -> DiskSource:
         encrypted=any(element.find(f"{way}encryption") is not None for way in ("", "source/")),
         has_backing=element.find("backingStore/source") is not None,  # an empty one ends a chain
         is_slice=element.find("source/slices/slice") is not None,
+        protocol=source.get("protocol") if source is not None else None,
     )
+
+
+def written_images(domain_xml: str) -> list[Path]:
+    """Return the images that a domain alone may use, since it writes to them or stands on them.
+
+    What is beneath an image (`<backingStore>`) libvirt tells of running machines only.
+    """
+    found = []
+    for element in ET.fromstring(domain_xml).iterfind("./devices/disk"):
+        disk = _disk(element, None)
+        if disk.path is not None and not disk.readonly and not disk.shareable:
+            found.append(disk.path)
+        for beneath in element.iterfind(".//backingStore/source"):
+            place = beneath.get("file") or beneath.get("dev")
+            if place:
+                found.append(Path(place))
+    return found
 
 
 def with_qcow2(domain_xml: str, images: dict[str, Path]) -> str:
@@ -118,15 +141,21 @@ def name(domain_xml: str) -> str:
     return ET.fromstring(domain_xml).findtext("name", "")
 
 
-def has_agent_channel(domain_xml: str) -> bool:
+def has_agent_channel(domain_xml: str | ET.Element) -> bool:
     """Tell whether the machine has the guest agent's virtio port."""
-    targets = ET.fromstring(domain_xml).iterfind("./devices/channel/target")
+    targets = parsed(domain_xml).iterfind("./devices/channel/target")
     return any(target.get("name") == AGENT_CHANNEL for target in targets)
 
 
-def memory_bytes(domain_xml: str) -> int:
+def has_9p(domain_xml: str | ET.Element) -> bool:
+    """Tell whether the host shares a folder with the machine by 9p, QEMU's own way."""
+    shared = parsed(domain_xml).iterfind("./devices/filesystem[@type='mount']")
+    return any(each.find("./driver[@type='virtiofs']") is None for each in shared)
+
+
+def memory_bytes(domain_xml: str | ET.Element) -> int:
     """Return the memory that the machine has at most."""
-    element = ET.fromstring(domain_xml).find("./memory")
+    element = parsed(domain_xml).find("./memory")
     if element is None or not element.text:
         return 0
     units = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}

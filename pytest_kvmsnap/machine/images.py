@@ -126,6 +126,11 @@ def _look_at_one(
     return None, told
 
 
+def create(path: Path, size: str) -> None:
+    """Make an empty qcow2 image, of a size such as "1M"."""
+    _qemu_img("create", "-q", "-f", "qcow2", _file(path), size, path=path)
+
+
 def check_raw_is_free(path: Path) -> None:
     """Raise `ImageError` when another process writes to a raw image.
 

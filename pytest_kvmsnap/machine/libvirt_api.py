@@ -86,6 +86,12 @@ class Hypervisor:
         with telling("cannot ask for the architecture", self.uri):
             return str(self.connection.getInfo()[0])
 
+    @property
+    def version(self) -> int:
+        """The version of the libvirt there as it counts it: 9000000 is 9.0.0."""
+        with telling("cannot ask for libvirt's version", self.uri):
+            return self.connection.getLibVersion()
+
     def close(self) -> None:
         with contextlib.suppress(libvirt.libvirtError):
             self.connection.close()

@@ -1,144 +1,159 @@
 """What stands in the way of internal snapshots, told before the first test. Changes nothing."""
 
 import os
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 
-from pytest_kvmsnap.errors import BlockedError, ImageError, SnapshotNotFoundError, UsageProblem
-from pytest_kvmsnap.machine import domainxml, images
-from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.domainxml import DiskSource
+from pytest_kvmsnap.errors import BlockedError, SnapshotNotFoundError, UsageProblem
+from pytest_kvmsnap.machine import domainxml, images, probe, space
+from pytest_kvmsnap.machine.blockers import (
+    HAVE_IT_OFF,
+    Blocker,
+    definition_blockers,
+    version_text,
+)
+from pytest_kvmsnap.machine.domain import UNMIGRATABLE, Domain
+from pytest_kvmsnap.machine.domainxml import DiskSource, Snapshot
+from pytest_kvmsnap.machine.imagecheck import image_blockers
 
 OURS = "pytest-kvmsnap run "
 
 
-def problems(domain: Domain, ready: str | None) -> list[UsageProblem]:
-    """Return the blockers of a domain, raw disks left out: those are the conversion's business."""
-    found = _definition_problems(domain, ready) + _foreign_run(domain)
-    for disk in domain.disks(inactive=True):
-        if disk.device != "floppy" and disk.path is not None and disk.kind == "file":
-            found += _image_problems(domain, disk)
-    return found
+def problems(domain: Domain, ready: str | None, *, live: bool = True) -> list[UsageProblem]:
+    """Return the blockers of a domain, raw disks left out: those are the conversion's business.
 
-
-def _definition_problems(domain: Domain, ready: str | None) -> list[UsageProblem]:
-    found: list[UsageProblem] = []
-    edit = f"virsh -c {domain.hypervisor.uri} edit {domain.name}"
+    `ready` and `live` are the options of these names. Of a running machine it is the live
+    definition that counts, since that is what libvirt snapshots.
+    """
+    virsh, name = f"virsh -c {domain.hypervisor.uri}", domain.name
     if not domain.raw.isPersistent():
-        found.append(
-            _blocked(
-                domain,
-                "it is transient: libvirt keeps no definition of it to come back to",
-                "define it: virsh dumpxml, then virsh define",
-            )
+        transient = Blocker(
+            "it is transient: libvirt keeps no definition of it to come back to",
+            "define it: virsh dumpxml, then virsh define",
         )
-        return found
-    xml = domain.xml(inactive=True)
-    disks = domain.disks(inactive=True)
-    if not any(disk.is_snapshotted for disk in disks):
-        found.append(
-            _blocked(
-                domain,
-                "it has no writable disk, and an internal snapshot lives in one",
-                f"give it a qcow2 disk, if only a small one: {edit}",
-            )
-        )
-    for disk in disks:
-        if disk.transient:
-            found.append(
-                _blocked(
-                    domain,
-                    f"its disk {disk.target} is transient, which libvirt does not snapshot",
-                    f"remove <transient/>: {edit}",
-                )
-            )
+        return [_blocked(domain, transient)]
+    active = domain.is_active()
+    root = domainxml.parsed(domain.xml(inactive=not active))
+    default_format = "raw" if domain.hypervisor.kind == "QEMU" else None
+    disks = domainxml.disks(root, default_format)
+    snapshots = domain.snapshots()
+    edit = f"{virsh} edit {name}"
+    found = [
+        *definition_blockers(
+            root,
+            edit=edit,
+            libvirt_version=domain.hypervisor.version,
+            ready=ready,
+            live=active or live,
+            off=not active or not live,
+            default_format=default_format,
+        ),
+        *_kept_blockers(domain, snapshots, virsh),
+        *image_blockers(domain, disks, {s.name for s in snapshots}, active=active, edit=edit),
+    ]
+    if active and domain.has_job():  # most calls would wait for it
+        found.append(_busy(domain, virsh))
+    elif active:
+        found += _running_blockers(domain, root, disks, virsh)
+        found += _live_blockers(domain, root, disks, domain.memory_in_use())
+    elif live:
+        memory = domainxml.memory_bytes(root)
+        found += _live_blockers(domain, root, disks, space.least_memory(memory))
+    return [_blocked(domain, each) if isinstance(each, Blocker) else each for each in found]
+
+
+def _blocked(domain: Domain, blocker: Blocker) -> BlockedError:
+    what = f"{domain.name} cannot be used for tests"
+    return BlockedError(what, where=domain.where, why=blocker.why, cure=blocker.cure)
+
+
+def _kept_blockers(domain: Domain, snapshots: Sequence[Snapshot], virsh: str) -> list[Blocker]:
+    """Return what libvirt keeps of the machine that stands in the way: saves and snapshots."""
+    found = []
+    name = domain.name
     if domain.has_managed_save():
         found.append(
-            _blocked(
-                domain,
+            Blocker(
                 "it has a managed save: a revert would be undone by the stale memory in it",
-                f"start it once so that it resumes (virsh -c {domain.hypervisor.uri} start"
-                f" {domain.name}), or throw that state away with virsh managedsave-remove",
+                f"start it once so that it resumes ({virsh} start {name}), or throw that state away"
+                " with virsh managedsave-remove",
             )
         )
-    if ready == "agent" and not domainxml.has_agent_channel(xml):
-        found.append(
-            _blocked(
-                domain,
-                "it has no guest agent channel, and ready=agent waits for the agent",
-                f"add a channel with the target {domainxml.AGENT_CHANNEL}: {edit}; or give"
-                " --kvmsnap-ready=none",
+    for snapshot in snapshots:
+        if snapshot.description.startswith(OURS):
+            # The journals of this host have been worked off before, so it is another host's run or
+            # another container's, and may be alive.
+            found.append(
+                Blocker(
+                    f"its snapshot {snapshot.name!r} belongs to another run:"
+                    f" {snapshot.description}",
+                    "let that run end, or run pytest --kvmsnap-clean on its host; if it is dead for"
+                    f" good: {virsh} snapshot-revert {name} {snapshot.name} --force, then"
+                    " snapshot-delete",
+                )
             )
-        )
+        elif not snapshot.internal:
+            found.append(
+                Blocker(
+                    f"its snapshot {snapshot.name!r} is external, and libvirt does not keep it from"
+                    " being ruined by internal ones: a revert to an older one writes into the image"
+                    " beneath",
+                    f"merge it into that image: {virsh} blockcommit {name} DISK --active --pivot,"
+                    f" while the machine runs, then {virsh} snapshot-delete {name} {snapshot.name}"
+                    " --metadata (from libvirt 9.9 on, snapshot-delete does both)",
+                )
+            )
     return found
 
 
-def _foreign_run(domain: Domain) -> list[UsageProblem]:
-    """Return a problem for each snapshot of a run that no journal here knows.
-
-    The journals of this host have been worked off before, so it is another host's run or another
-    container's, and may be alive.
-    """
-    return [
-        _blocked(
-            domain,
-            f"its snapshot {snapshot.name!r} belongs to another run: {snapshot.description}",
-            "let that run end, or run pytest --kvmsnap-clean on its host; if it is dead for good:"
-            f" virsh -c {domain.hypervisor.uri} snapshot-revert {domain.name} {snapshot.name}"
-            " --force, then snapshot-delete",
-        )
-        for snapshot in domain.snapshots()
-        if snapshot.description.startswith(OURS)
-    ]
-
-
-def _image_problems(domain: Domain, disk: DiskSource) -> list[UsageProblem]:
-    """Return what is wrong with an image of a QEMU machine, as far as we may look at it."""
-    path = disk.path
-    if path is None or domain.hypervisor.kind != "QEMU" or not domain.hypervisor.is_local:
-        return []
-    try:
-        path.stat()
-    except PermissionError:
-        return []  # libvirt may look although we may not
-    except OSError as error:
-        return [
-            _blocked(
-                domain,
-                f"the image of its disk {disk.target} cannot be used: {error}",
-                "put the file back, or change the definition:"
-                f" virsh -c {domain.hypervisor.uri} edit {domain.name}",
-            )
-        ]
-    if not disk.is_snapshotted:
-        return []
-    try:
-        images.info(path, disk.format or "raw", in_use=domain.is_active())
-        if disk.is_raw and not domain.is_active():
-            images.check_raw_is_free(path)
-    except ImageError as error:
-        return [_unusable(domain, disk, error)] if "ermission denied" not in error.why else []
-    return []
-
-
-def _unusable(domain: Domain, disk: DiskSource, error: ImageError) -> UsageProblem:
-    if "another process using the image" in error.why:
-        return _blocked(
-            domain,
-            f"another process is using {disk.path} ({disk.target})",
-            f"end it first; who it is: lsof {disk.path}",
-        )
-    if error.where:
-        return _blocked(
-            domain,
-            f"its disk {disk.target}, {disk.path}, cannot be read as {disk.format}: {error.why}",
-            f"is the format in the definition right? qemu-img check -f {disk.format} {disk.path}",
-        )
-    return error
-
-
-def _blocked(domain: Domain, why: str, cure: str) -> BlockedError:
-    return BlockedError(
-        f"{domain.name} cannot be used for tests", where=domain.where, why=why, cure=cure
+def _busy(domain: Domain, virsh: str) -> Blocker:
+    return Blocker(
+        "libvirt is busy with it: it is just being saved, dumped, moved or snapshotted",
+        f"let that end, or break it off by {virsh} domjobabort {domain.name}; what it is: {virsh}"
+        f" domjobinfo {domain.name}",
     )
+
+
+def _running_blockers(
+    domain: Domain, root: ET.Element, disks: list[DiskSource], virsh: str
+) -> list[Blocker]:
+    """Return what goes on in a running machine that stands in the way."""
+    job = f"{virsh} blockjob {domain.name}"
+    found = [
+        Blocker(
+            f"its disk {target} is just being copied or merged (a block job)",
+            f"let that end, or break it off by {job} {target} --abort; how far it is: {job}"
+            f" {target} --info",
+        )
+        for target in domain.block_jobs(disks)
+    ]
+    if domain.hypervisor.kind == "QEMU" and domainxml.has_9p(root):
+        found += [
+            Blocker(f"QEMU cannot snapshot it while it runs: {reason}", UNMIGRATABLE)
+            for reason in domain.migration_blockers()
+        ]
+    return found
+
+
+def _live_blockers(
+    domain: Domain, root: ET.Element, disks: list[DiskSource], needed: int
+) -> list[Blocker]:
+    """Return what stands in the way of a snapshot with the memory, apart from the definition.
+
+    `needed` is the room that it takes, in bytes.
+    """
+    found = space.space_blockers(domain, disks, needed)
+    failure = probe.revert_failure(domain.hypervisor, root)
+    if failure is not None:
+        version = version_text(domain.hypervisor.version)
+        found.append(
+            Blocker(
+                f"the libvirt there, {version}, cannot revert to a snapshot of a running machine"
+                f" (tried on a tiny one): {failure}",
+                f"update libvirt: 11.4 and newer can; {HAVE_IT_OFF}",
+            )
+        )
+    return found
 
 
 def snapshot_problem(domain: Domain, name: str) -> UsageProblem | None:
@@ -162,6 +177,8 @@ def snapshot_problem(domain: Domain, name: str) -> UsageProblem | None:
             why="it is an external one, and only internal ones can be reverted to again and again",
             cure=f"revert to it once by hand, then virsh snapshot-create-as {domain.name}",
         )
+    if not all(snapshot.internal for snapshot in snapshots.values()):
+        return None  # its data may be in the image beneath; `problems` refuses the machine
     if domain.hypervisor.kind != "QEMU" or not domain.hypervisor.is_local:
         return None
     missing = [disk.target for disk in _image_disks(domain) if name not in _names(domain, disk)]

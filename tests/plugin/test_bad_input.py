@@ -292,7 +292,10 @@ def test_transient_domain(refuse: Refuse, host: "Host") -> None:
     [
         ("<input type='tablet' bus='usb'/>",),
         (disk("/x.iso", "raw", device="cdrom"),),
-        (disk(None, None, device="cdrom"), disk("/x.img", "raw", device="floppy", target="fda")),
+        (
+            disk(None, None, device="cdrom"),
+            disk("/x.img", "raw", device="floppy", target="fda", more="<readonly/>"),
+        ),
         (disk("/x.qcow2", more="<readonly/>"),),
     ],
     ids=["none", "cdrom", "empty and floppy", "read-only"],
@@ -319,6 +322,66 @@ def test_managed_save(refuse: Refuse, host: "Host") -> None:
         "it has a managed save: a revert would be undone by the stale memory in it",
         "virsh managedsave-remove",
     )
+
+
+HOSTDEV = (
+    "<hostdev mode='subsystem' type='pci'><source>"
+    "<address domain='0' bus='0' slot='5' function='0'/></source></hostdev>"
+)
+SHARED_MEMORY = "<shmem name='x'><model type='ivshmem-plain'/><size unit='M'>4</size></shmem>"
+
+
+def test_all_blockers_of_all_machines_are_told_in_one_message(refuse: Refuse, host: "Host") -> None:
+    own = disk("/images/devices.qcow2")
+    host.define("devices", own, HOSTDEV, SHARED_MEMORY, "<sound model='usb'/>")
+    host.define(
+        "disks",
+        disk("/images/disks.vmdk", "vmdk"),
+        disk("/images/disks.qcow2", target="vdb", more="<encryption format='luks'/>"),
+        disk("/images/floppy.img", "raw", target="fda", device="floppy"),
+    )
+    flash = "<loader readonly='yes' type='pflash'>/code.fd</loader><nvram>/vars.fd</nvram></os>"
+    host.connection.defineXML(
+        definition("firmware", disk("/images/firmware.qcow2")).replace("</os>", flash)
+    )
+    host.define("one", disk("/images/shared.qcow2"))
+    host.define("two", disk("/images/shared.qcow2"), state="running").managedSave(0)
+    host.define("good")
+    message = refuse(
+        "11 problems must be solved before the first test can run",
+        "it has a device of the host (pci), which cannot be snapshotted while it runs",
+        "it has shared memory whose master it is not, which cannot be snapshotted while it runs",
+        "it has a USB sound card, which cannot be snapshotted while it runs",
+        "its disk vda has the format vmdk, and internal snapshots need qcow2",
+        "its disk vdb is encrypted, and internal snapshots do not work with that",
+        "its floppy disk fda is writable, and internal snapshots need qcow2",
+        "the domain two uses the image of its disk vda too: /images/shared.qcow2",
+        "it has a managed save",
+        "the domain one uses the image of its disk vda too: /images/shared.qcow2",
+        "there is no domain 'lost'",
+        tests="""
+        import pytest
+
+        MACHINES = ["devices", "disks", "firmware", "one", "two", "good", "lost"]
+
+        @pytest.mark.parametrize("vm", MACHINES, indirect=True)
+        def test_machine(vm): pass
+        """,
+        domain=None,
+    )
+    assert "good cannot be used" not in message
+    assert message.count("\n  cure:  ") == 11
+    assert message.count("virsh -c test:///default edit devices") == 3
+    assert "UEFI" in message
+
+
+def test_without_the_memory_devices_are_no_blockers(suite: "Suite", host: "Host") -> None:
+    host.define("box", disk("/images/box.qcow2"), HOSTDEV, SHARED_MEMORY)
+    suite.write(ONE_TEST)
+    suite.run("--kvmsnap-live=no").assert_outcomes(passed=1)
+    host.domain().create()
+    result = suite.run("--kvmsnap-live=no")
+    assert_refused(result, "2 problems", "a device of the host (pci)", "shared memory")
 
 
 def test_no_agent_channel_although_ready_is_agent(refuse: Refuse, host: "Host") -> None:

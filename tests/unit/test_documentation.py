@@ -263,14 +263,21 @@ def test_refusal_is_what_the_code_says(refusal: str) -> None:
 
 
 def test_all_blockers_are_in_the_table() -> None:
-    whys = [
-        said(node.args[-2])
+    calls = [
+        (getattr(node.func, "id", ""), path.name, node.args)
         for path, tree in trees()
-        if path.name in ("preflight.py", "conversion.py", "goldencheck.py")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_blocked"
+        if isinstance(node, ast.Call)
     ]
-    assert len(whys) > 10
+    whys = [
+        *(
+            said(args[-2])
+            for name, of, args in calls
+            if name == "_blocked" and of in ("conversion.py", "goldencheck.py")
+        ),
+        *(said(args[0]) for name, _, args in calls if name == "Blocker"),
+    ]
+    assert len(whys) > 40
     assert [why for why in whys if why is not None and why not in refusals()] == []
 
 

@@ -60,7 +60,17 @@ def only_disk(element: str, default: str | None = None) -> DiskSource:
         (
             "<disk type='network'><driver type='raw'/><source protocol='nbd' name='x'>"
             "<host name='h'/></source><target dev='vda'/></disk>",
-            DiskSource("vda", "network", "disk", None, "raw", readonly=False),
+            DiskSource(*("vda", "network", "disk", None, "raw"), readonly=False, protocol="nbd"),
+        ),
+        (
+            "<disk type='volume'><driver type='qcow2'/><source pool='p' volume='v'/>"
+            "<target dev='vda'/><shareable/></disk>",
+            DiskSource("vda", "volume", "disk", None, "qcow2", readonly=False, shareable=True),
+        ),
+        (
+            "<disk type='file'><driver type='qcow2'/><source file='/a'><encryption/></source>"
+            "<target dev='vda'/></disk>",
+            DiskSource("vda", "file", "disk", Path("/a"), "qcow2", readonly=False, encrypted=True),
         ),
         (
             "<disk type='file' device='cdrom'><driver type='raw'/><source file='/a.iso'/>"
@@ -94,6 +104,8 @@ def only_disk(element: str, default: str | None = None) -> DiskSource:
         "lun",
         "folder",
         "network",
+        "volume that is shared",
+        "encrypted",
         "cdrom",
         "empty cdrom",
         "floppy",
@@ -146,6 +158,20 @@ def test_writable_disks_are_snapshotted(
         f"<target dev='vda'/>{more}</disk>"
     )
     assert (disk.is_snapshotted, disk.is_raw) == (is_snapshotted, is_raw)
+
+
+def test_images_that_a_domain_needs_for_itself() -> None:
+    beneath = "<backingStore type='file'><source file='/beneath'/><backingStore/></backingStore>"
+    disks = [
+        f"<disk type='file'><source file='/top'/>{beneath}</disk>",
+        "<disk type='block'><source dev='/dev/sdx'/></disk>",
+        "<disk type='file'><source file='/shared'/><shareable/></disk>",
+        "<disk type='file'><source file='/read-only'/><readonly/></disk>",
+        "<disk type='file' device='cdrom'><source file='/cdrom'/></disk>",
+        "<disk type='network'><source protocol='nbd' name='x'/></disk>",
+    ]
+    found = domainxml.written_images(domain("".join(disks)))
+    assert found == [Path("/top"), Path("/beneath"), Path("/dev/sdx")]
 
 
 def test_without_a_default_no_format_is_guessed() -> None:
@@ -276,6 +302,19 @@ def test_a_name_is_read(name: str) -> None:
 )
 def test_the_agents_channel_is_found(devices: str, expected: int) -> None:
     assert domainxml.has_agent_channel(domain(devices)) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ("<filesystem type='mount'><source dir='/x'/></filesystem>", True),
+        ("<filesystem type='mount'><driver type='path'/></filesystem>", True),
+        ("<filesystem type='mount'><driver type='virtiofs'/></filesystem>", False),
+        ("", False),
+    ],
+)
+def test_folders_that_are_shared_by_9p(devices: str, expected: bool) -> None:
+    assert domainxml.has_9p(domain(devices)) == expected
 
 
 @pytest.mark.parametrize(
