@@ -33,11 +33,16 @@ class Clones:
         self._numbers = itertools.count(1)
         self._stillborn: dict[Golden, list[KvmsnapError]] = {}
 
-    def problems(self, golden: Golden, hypervisor: Hypervisor) -> list[UsageProblem]:
-        """Return what stands in the way of machines on a golden image; changes nothing."""
-        found = goldencheck.problems(golden, hypervisor, self._settings.ready)
+    def problems(
+        self, golden: Golden, hypervisor: Hypervisor, *, may_try: bool = True
+    ) -> list[UsageProblem]:
+        """Return what stands in the way of machines on a golden image; see `preflight.problems`."""
+        settings = self._settings
+        found = goldencheck.problems(
+            golden, hypervisor, settings.ready, live=settings.live, may_try=may_try
+        )
         if not found and golden.format == "raw" and not goldens.is_converted(golden.image):
-            problem = goldencheck.conversion_problem(golden, self._settings.convert)
+            problem = goldencheck.conversion_problem(golden, settings.convert)
             return [problem] if problem is not None else []
         return found
 

@@ -17,7 +17,7 @@ from pytest_kvmsnap.lab.machine import Machine
 from pytest_kvmsnap.lab.outlook import Outlook, PlannedConversion
 from pytest_kvmsnap.lab.savepoints import Savepoints
 from pytest_kvmsnap.lab.voice import Voice
-from pytest_kvmsnap.machine import conversion, images, preflight
+from pytest_kvmsnap.machine import conversion, images, preflight, probe
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
@@ -109,6 +109,11 @@ class Lab:
         """Look at all that tests will ask for, as `check` does; start and change nothing."""
         requests = list(requests)
         outlook = Outlook()
+        if self._settings.live and probe.is_suspicious(self.hypervisor):
+            outlook.notes.append(
+                "this libvirt may be one that cannot revert to a snapshot of a running machine; a"
+                " run tries it first, on a tiny machine of its own"
+            )
         plans: list[conversion.Plan] = []
         for name, snapshots in _by_domain(requests).items():
             try:
@@ -119,7 +124,7 @@ class Lab:
         outlook.problems += conversion.problems_together(plans)
         for golden in _goldens(requests):
             outlook.images[golden] = [golden.image]
-            found = self._clones.problems(golden, self.hypervisor)
+            found = self._clones.problems(golden, self.hypervisor, may_try=False)
             outlook.problems += found
             if not found:
                 outlook.conversions += self._clones.conversions(golden)
@@ -144,7 +149,7 @@ class Lab:
                     outlook.notes.append(_left_or_held(journal, is_free))
                     return []
             conversions = conversion.planned(domain, self._run)
-            found = self._blockers(domain, snapshots, conversions)
+            found = self._blockers(domain, snapshots, conversions, may_try=False)
             outlook.problems += found
             if found:
                 return []
@@ -166,14 +171,20 @@ class Lab:
         return self._blockers(domain, snapshots, conversions)
 
     def _blockers(
-        self, domain: Domain, snapshots: Iterable[str | None], conversions: list[Conversion]
+        self,
+        domain: Domain,
+        snapshots: Iterable[str | None],
+        conversions: list[Conversion],
+        *,
+        may_try: bool = True,
     ) -> list[UsageProblem]:
-        found = preflight.problems(domain, self._settings.ready, live=self._settings.live)
+        settings = self._settings
+        found = preflight.problems(domain, settings.ready, live=settings.live, may_try=may_try)
         for snapshot in snapshots:
             problem = preflight.snapshot_problem(domain, snapshot) if snapshot else None
             if problem is not None:
                 found.append(problem)
-        return found + conversion.problems(domain, conversions, self._settings.convert)
+        return found + conversion.problems(domain, conversions, settings.convert)
 
     def _convert(self, plans: Sequence[_Plan]) -> None:
         """Convert for all machines at once; their journals say so first."""

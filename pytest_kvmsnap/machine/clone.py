@@ -11,13 +11,18 @@ from pytest_kvmsnap.machine import clonexml, images
 from pytest_kvmsnap.machine.accelerator import domain_type
 from pytest_kvmsnap.machine.clonexml import Parts
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, telling
+from pytest_kvmsnap.machine.domainxml import DiskSource
+from pytest_kvmsnap.machine.libvirt_api import libvirt, telling
 
 
-def definition(hypervisor: Hypervisor, golden: Golden, parts: Parts) -> str:
-    """Return the domain XML of a throwaway machine."""
+def definition(golden: Golden, domain_type: str, parts: Parts) -> str:
+    """Return the domain XML of a throwaway machine; a template has its own `domain_type`.
+
+    Raises:
+        OSError, ValueError: the template cannot be used.
+    """
     if golden.template is None:
-        return clonexml.built_in(parts, domain_type(hypervisor))
+        return clonexml.built_in(parts, domain_type)
     return clonexml.from_template(golden.template.read_text(), parts)
 
 
@@ -36,7 +41,9 @@ def make(domain: Domain, golden: Golden, base: Path, folder: Path) -> None:
         if base != golden.image:  # it may be dropped when the raw image changes
             base = linked(base, folder)
         overlays = {}
-        for number, (backing, image_format) in enumerate([(base, "qcow2"), *further_disks(golden)]):
+        bases = [(base, "qcow2")]
+        bases += [(disk.path, disk.format or "raw") for disk in further_disks(golden) if disk.path]
+        for number, (backing, image_format) in enumerate(bases):
             overlays[number] = folder / f"disk{number}.qcow2"
             images.create_overlay(overlays[number], backing, image_format)
         parts = Parts(
@@ -47,7 +54,7 @@ def make(domain: Domain, golden: Golden, base: Path, folder: Path) -> None:
             golden.memory,
             golden.vcpus,
         )
-        xml = definition(domain.hypervisor, golden, parts)
+        xml = definition(golden, domain_type(domain.hypervisor), parts)
     except (ImageError, OSError, ValueError) as error:
         raise MachineError(
             "cannot make a throwaway machine on the golden image",
@@ -59,12 +66,15 @@ def make(domain: Domain, golden: Golden, base: Path, folder: Path) -> None:
         domain.hypervisor.define(xml)
 
 
-def further_disks(golden: Golden) -> list[tuple[Path, str]]:
-    """Return the images of a template's other disks: nobody may write into those either."""
+def further_disks(golden: Golden) -> list[DiskSource]:
+    """Return a template's other writable disks: nobody may write into those either.
+
+    Raises:
+        OSError, ValueError: the template cannot be used.
+    """
     if golden.template is None:
         return []
-    disks = clonexml.writable_disks(golden.template.read_text())[1:]
-    return [(disk.path, disk.format or "raw") for disk in disks if disk.path is not None]
+    return clonexml.writable_disks(golden.template.read_text())[1:]
 
 
 def linked(image: Path, folder: Path) -> Path:

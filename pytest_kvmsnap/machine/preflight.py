@@ -15,15 +15,19 @@ from pytest_kvmsnap.machine.blockers import (
 from pytest_kvmsnap.machine.domain import UNMIGRATABLE, Domain
 from pytest_kvmsnap.machine.domainxml import DiskSource, Snapshot
 from pytest_kvmsnap.machine.imagecheck import image_blockers
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor
 
 OURS = "pytest-kvmsnap run "
 
 
-def problems(domain: Domain, ready: str | None, *, live: bool = True) -> list[UsageProblem]:
+def problems(
+    domain: Domain, ready: str | None, *, live: bool = True, may_try: bool = True
+) -> list[UsageProblem]:
     """Return the blockers of a domain, raw disks left out: those are the conversion's business.
 
-    `ready` and `live` are the options of these names. Of a running machine it is the live
-    definition that counts, since that is what libvirt snapshots.
+    `ready` and `live` are the options of these names; `may_try` allows to start a tiny machine of
+    our own where only that tells whether this libvirt can do what it should. Of a running machine
+    it is the live definition that counts, since that is what libvirt snapshots.
     """
     virsh, name = f"virsh -c {domain.hypervisor.uri}", domain.name
     if not domain.raw.isPersistent():
@@ -55,10 +59,12 @@ def problems(domain: Domain, ready: str | None, *, live: bool = True) -> list[Us
         found.append(_busy(domain, virsh))
     elif active:
         found += _running_blockers(domain, root, disks, virsh)
-        found += _live_blockers(domain, root, disks, domain.memory_in_use())
+        found += space.space_blockers(domain, disks, domain.memory_in_use())
     elif live:
         memory = domainxml.memory_bytes(root)
-        found += _live_blockers(domain, root, disks, space.least_memory(memory))
+        found += space.space_blockers(domain, disks, space.least_memory(memory))
+    if (active or live) and may_try:
+        found += libvirt_blockers(domain.hypervisor, root)
     return [_blocked(domain, each) if isinstance(each, Blocker) else each for each in found]
 
 
@@ -135,25 +141,21 @@ def _running_blockers(
     return found
 
 
-def _live_blockers(
-    domain: Domain, root: ET.Element, disks: list[DiskSource], needed: int
-) -> list[Blocker]:
-    """Return what stands in the way of a snapshot with the memory, apart from the definition.
+def libvirt_blockers(hypervisor: Hypervisor, root: ET.Element) -> list[Blocker]:
+    """Return a blocker when this libvirt cannot revert to a snapshot of a running machine.
 
-    `needed` is the room that it takes, in bytes.
+    `root` is the definition of one that will be used. See `probe`.
     """
-    found = space.space_blockers(domain, disks, needed)
-    failure = probe.revert_failure(domain.hypervisor, root)
-    if failure is not None:
-        version = version_text(domain.hypervisor.version)
-        found.append(
-            Blocker(
-                f"the libvirt there, {version}, cannot revert to a snapshot of a running machine"
-                f" (tried on a tiny one): {failure}",
-                f"update libvirt: 11.4 and newer can; {HAVE_IT_OFF}",
-            )
+    failure = probe.revert_failure(hypervisor, root)
+    if failure is None:
+        return []
+    return [
+        Blocker(
+            f"the libvirt there, {version_text(hypervisor.version)}, cannot revert to a snapshot of"
+            f" a running machine (tried on a tiny one): {failure}",
+            f"update libvirt: 11.4 and newer can; {HAVE_IT_OFF}",
         )
-    return found
+    ]
 
 
 def snapshot_problem(domain: Domain, name: str) -> UsageProblem | None:

@@ -30,13 +30,17 @@ def revert_failure(hypervisor: Hypervisor, like: ET.Element) -> str | None:
     `like` is the definition of a machine that will be used: the one that is tried has its kind of
     emulator. Tried once per connection, and only with QEMU on this host.
     """
-    if hypervisor.kind != "QEMU" or not hypervisor.is_local:
-        return None
-    if hypervisor.version not in SUSPICIOUS:
+    if not is_suspicious(hypervisor):
         return None
     if hypervisor not in _known:
         _known[hypervisor] = _tried(hypervisor, like)
     return _known[hypervisor]
+
+
+def is_suspicious(hypervisor: Hypervisor) -> bool:
+    """Tell whether this libvirt may be one that cannot, and whether we can try."""
+    is_tried = hypervisor.kind == "QEMU" and hypervisor.is_local
+    return is_tried and hypervisor.version in SUSPICIOUS
 
 
 def _tried(hypervisor: Hypervisor, like: ET.Element) -> str | None:

@@ -26,7 +26,12 @@ def least_memory(memory: int) -> int:
 def space_blockers(domain: Domain, disks: list[DiskSource], needed: int) -> list[Blocker]:
     """Return a blocker when a live snapshot, which takes so many bytes, has no room."""
     place = _memory_place(domain, disks)
-    free = shutil.disk_usage(place).free if place is not None else needed
+    return room_blockers(place, needed) if place is not None else []
+
+
+def room_blockers(place: Path, needed: int) -> list[Blocker]:
+    """Return a blocker when a folder has no room for a live snapshot of so many bytes."""
+    free = shutil.disk_usage(place).free
     if needed <= free:
         return []
     return [
