@@ -56,7 +56,7 @@ class Ours:
         domain = Domain(self._hypervisor, raw_domain.UUIDString(), "bench")
         conversions = conversion.planned(domain, "bench")
         problems = conversion.problems(domain, conversions, "auto")
-        problems += conversion.problems_together([(domain, conversions)])
+        problems += conversion.problems_together([(domain, conversions)], live=False)
         assert problems == []
         conversion.perform([(domain, conversions)], lambda _: None, lambda _: None)
         raw_domain.undefine()

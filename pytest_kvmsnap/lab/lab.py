@@ -97,7 +97,8 @@ class Lab:
                     self._checked |= {Request(name, snapshot) for snapshot in snapshots}
             for golden in goldens:
                 problems += self._clones.problems(golden, self.hypervisor)
-            problems += conversion.problems_together(_without_leases(plans))
+            together = _without_leases(plans)
+            problems += conversion.problems_together(together, live=self._settings.live)
             if problems:
                 raise merged(problems)
             self._convert(plans)
@@ -121,7 +122,7 @@ class Lab:
                 plans.append((domain, self._look_at(domain, snapshots, outlook)))
             except UsageProblem as problem:
                 outlook.problems.append(problem)
-        outlook.problems += conversion.problems_together(plans)
+        outlook.problems += conversion.problems_together(plans, live=self._settings.live)
         for golden in _goldens(requests):
             outlook.images[golden] = [golden.image]
             found = self._clones.problems(golden, self.hypervisor, may_try=False)
@@ -302,7 +303,8 @@ class Lab:
             return
         conversions = conversion.planned(domain, self._run)
         found = self._problems(domain, lease, [request.snapshot], conversions)
-        found = found or conversion.problems_together([(domain, conversions)])
+        plan = (domain, conversions)
+        found = found or conversion.problems_together([plan], live=self._settings.live)
         if found:
             raise merged(found)
         self._convert([(domain, lease, conversions)])

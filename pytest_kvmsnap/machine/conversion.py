@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_kvmsnap.errors import BlockedError, ConversionError, ImageError, UsageProblem
-from pytest_kvmsnap.machine import domainxml, images
+from pytest_kvmsnap.machine import domainxml, images, space
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import DiskSource
 from pytest_kvmsnap.sizes import mib
@@ -191,9 +191,12 @@ def _is_same_file(one: Path, other: Path) -> bool:
         return one == other
 
 
-def problems_together(plans: Sequence[Plan]) -> list[UsageProblem]:
-    """Return what stands in the way of converting for several machines at once; looks only."""
-    return _same_names(plans) or _too_large(plans)
+def problems_together(plans: Sequence[Plan], *, live: bool) -> list[UsageProblem]:
+    """Return what stands in the way of converting for several machines at once; looks only.
+
+    With `live`, snapshots with the memory go into the images, and room is needed for one of each.
+    """
+    return _same_names(plans) or _too_large(plans, live=live)
 
 
 def _same_names(plans: Sequence[Plan]) -> list[UsageProblem]:
@@ -217,8 +220,9 @@ def _resolved(conversion: Conversion) -> Path:
     return conversion.qcow2.parent.resolve() / conversion.qcow2.name
 
 
-def _too_large(plans: Sequence[Plan]) -> list[UsageProblem]:
+def _too_large(plans: Sequence[Plan], *, live: bool) -> list[UsageProblem]:
     """Return a problem for each file system that cannot take all the images that go there."""
+    with_one = " with a snapshot of each machine" if live else ""
     found: list[UsageProblem] = []
     file_systems: dict[int, list[tuple[Domain, Conversion]]] = {}
     for domain, conversions in plans:
@@ -230,6 +234,7 @@ def _too_large(plans: Sequence[Plan]) -> list[UsageProblem]:
         folders = list(dict.fromkeys(conversion.qcow2.parent for _, conversion in together))
         try:
             size = sum(images.space_needed(conversion.raw) for _, conversion in together)
+            size += sum(_memory(domain, conversion) for domain, conversion in together if live)
         except ImageError as error:
             found.append(error)
             continue
@@ -239,11 +244,19 @@ def _too_large(plans: Sequence[Plan]) -> list[UsageProblem]:
                 ConversionError(
                     f"not enough space to convert the images of {machines}",
                     where=", ".join(map(str, folders)),
-                    why=f"needs up to {mib(size)}, has {mib(free)}",
+                    why=f"needs up to {mib(size)}{with_one}, has {mib(free)}",
                     cure="make room there, or move the raw image to a larger disk",
                 )
             )
     return found
+
+
+def _memory(domain: Domain, conversion: Conversion) -> int:
+    """Return the bytes of a snapshot with the memory, if this image will take them."""
+    first = next(disk for disk in domain.disks(inactive=True) if disk.is_snapshotted)
+    if first.target != conversion.target:
+        return 0
+    return space.least_memory(domainxml.memory_bytes(domain.xml(inactive=True)))
 
 
 def _blocked(domain: Domain, disk: DiskSource, why: str, cure: str) -> BlockedError:

@@ -72,10 +72,15 @@ def explain(domain: Domain, error: SnapshotError) -> SnapshotError:
 
 
 def _memory_place(domain: Domain, disks: list[DiskSource]) -> Path | None:
-    """Return the folder of the image that takes the memory: the first writable disk's (QEMU)."""
+    """Return the folder of the image that takes the memory: the first writable disk's (QEMU).
+
+    None where we may not look, and for a raw one: whoever converts it looks for room for both.
+    """
     if domain.hypervisor.kind != "QEMU" or not domain.hypervisor.is_local:
         return None
     for disk in disks:
+        if disk.is_raw:
+            return None
         if disk.is_snapshotted and disk.path is not None and disk.kind == "file":
             folder = disk.path.parent
             return folder if os.access(folder, os.R_OK | os.X_OK) else None

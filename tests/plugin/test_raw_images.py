@@ -462,30 +462,44 @@ def test_not_enough_space(
     image.assert_as_found()
 
 
+@pytest.mark.parametrize(
+    ("live", "size", "needs"),
+    [("no", 6, "12.0 MiB"), ("yes", 2, "12.2 MiB with a snapshot of each machine")],
+)
 def test_space_is_looked_at_over_all_machines_of_a_file_system(
-    suite: "Suite", host: "Host", image: Image, monkeypatch: pytest.MonkeyPatch
+    suite: "Suite",
+    host: "Host",
+    image: Image,
+    monkeypatch: pytest.MonkeyPatch,
+    live: str,
+    size: int,
+    needs: str,
 ) -> None:
-    """A mock of sizes: each machine alone would fit."""
-    monkeypatch.setattr(images, "space_needed", lambda _: 6 * 2**20)
+    """A mock of sizes: each machine alone would fit.
+
+    A snapshot with the 8 MiB of memory takes half of that and a 64th at least.
+    """
+    monkeypatch.setattr(images, "space_needed", lambda _: size * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=11 * 2**20))
     other = Image(image.folder.with_name("elsewhere"), "other")
     host.define("box", disk(image.raw, "raw"))
     host.define("other", disk(other.raw, "raw"))
     before = host.looks()
     write_two(suite)
-    result = suite.run()
+    option = f"--kvmsnap-live={live}"
+    result = suite.run(option)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
         [
             "*not enough space to convert the images of box and other",
             f"  where: {image.folder}, {other.folder}",
-            "  why:   needs up to 12.0 MiB, has 11.0 MiB",
+            f"  why:   needs up to {needs}, has 11.0 MiB",
         ]
     )
-    assert "of box and other" in suite.run("--kvmsnap-plan").stdout.str()
+    assert "of box and other" in suite.run("--kvmsnap-plan", option).stdout.str()
     assert host.looks() == before
     suite.write(ONE_TEST)
-    suite.run().assert_outcomes(passed=1)
+    suite.run(option).assert_outcomes(passed=1)
 
 
 def test_two_machines_whose_images_would_get_one_name(

@@ -207,7 +207,8 @@ class Maker:
         return self.made[-1]
 
 
-def assert_told_before_the_first_test(result: pytest.RunResult, *parts: str) -> None:
+def assert_told_before_the_first_test(result: pytest.RunResult, *parts: str) -> str:
+    """Check that a run ended with one message before the first test; return all that it said."""
     said = result.stdout.str() + result.stderr.str()
     assert result.ret == pytest.ExitCode.USAGE_ERROR, said
     for part in parts:
@@ -215,6 +216,7 @@ def assert_told_before_the_first_test(result: pytest.RunResult, *parts: str) -> 
     assert [trace for trace in NO_TRACE if trace in said] == []
     assert said.count(parts[0]) == 1
     result.assert_outcomes()
+    return said
 
 
 def move(machine: Machine, folder: Path) -> None:

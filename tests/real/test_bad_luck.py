@@ -1,7 +1,5 @@
 """What goes wrong with real machines: each is one clear message, and nothing is lost."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,16 +17,41 @@ from bench import (
 # --- the disk is full -------------------------------------------------------------------------
 
 
+BLIND_PREFLIGHT = """
+from pytest_kvmsnap.machine import preflight
+preflight.problems = lambda domain, ready, *, live: []
+"""
+BLIND = f"""{BLIND_PREFLIGHT}
+from pytest_kvmsnap.machine import space
+space.check_space = lambda domain: None
+"""
+
+
+def test_full_disk_is_told_before_the_first_test(
+    machine: Machine, suite: Suite, small_disk: Path
+) -> None:
+    move(machine, small_disk)
+    suite.write(ONE_TEST)
+    result = suite.run(f"--kvmsnap-domain={machine.name}")
+    assert_told_before_the_first_test(
+        result,
+        f"{machine.name} cannot be used for tests",
+        f"a snapshot of it while it runs takes about 66.0 MiB in {small_disk}, where",
+        "--kvmsnap-live=no",
+    )
+    fill(small_disk, leaving=12 * 2**20)
+    suite.run(f"--kvmsnap-domain={machine.name}", "--kvmsnap-live=no").assert_outcomes(passed=1)
+    assert (machine.state, machine.snapshots, machine.image_snapshots()) == ("shut off", [], [])
+
+
 @pytest.mark.parametrize("is_seen_coming", [True, False])
 def test_full_disk_while_snapshotting(
     machine: Machine, suite: Suite, small_disk: Path, is_seen_coming: bool
 ) -> None:
+    """As if others had filled the disk since the look before the first test."""
     move(machine, small_disk)
-    blind = """
-from pytest_kvmsnap.machine import space
-space.check_space = lambda domain: None
-"""
-    suite.write(ONE_TEST + "def test_too(vm): pass\n", conftest="" if is_seen_coming else blind)
+    conftest = BLIND_PREFLIGHT if is_seen_coming else BLIND
+    suite.write(ONE_TEST + "def test_too(vm): pass\n", conftest=conftest)
     fill(small_disk, leaving=12 * 2**20)
     result = suite.run(f"--kvmsnap-domain={machine.name}")
     result.assert_outcomes(errors=2)
@@ -41,147 +64,6 @@ space.check_space = lambda domain: None
     assert "the machine is in quarantine" in said
     assert [trace for trace in NO_TRACE if trace in said] == []
     assert (machine.state, machine.snapshots, machine.image_snapshots()) == ("shut off", [], [])
-
-
-# --- blockers ---------------------------------------------------------------------------------
-
-
-def test_managed_save_is_refused_and_kept(machine: Machine, suite: Suite) -> None:
-    machine.start()
-    machine.virsh("managedsave")
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result, f"{machine.name} cannot be used for tests", "managed save", "managedsave-remove"
-    )
-    assert "Managed save:   yes" in machine.virsh("dominfo")
-
-
-def test_missing_image(machine: Machine, suite: Suite) -> None:
-    machine.disk.rename(machine.disk.with_suffix(".away"))
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result, f"{machine.name} cannot be used for tests", str(machine.disk), "put the file back"
-    )
-
-
-@pytest.mark.parametrize("disk_format", ["qcow2", "raw"])
-def test_image_in_use_by_another_process(
-    make_machine: Maker, suite: Suite, disk_format: str
-) -> None:
-    machine = make_machine(disk_format=disk_format)
-    suite.write(ONE_TEST)
-    holder = ["qemu-io", "-f", disk_format, str(machine.disk)]
-    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.read(8) == b"qemu-io>"
-        result = suite.run(f"--kvmsnap-domain={machine.name}")
-        process.terminate()
-    assert_told_before_the_first_test(
-        result, f"{machine.name} cannot be used for tests", "another process is using", "lsof"
-    )
-
-
-def test_image_of_another_format_than_the_definition_says(machine: Machine, suite: Suite) -> None:
-    machine.disk.write_bytes(bytes(2**20))
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result, f"{machine.name} cannot be used for tests", "not in qcow2 format", "definition"
-    )
-
-
-def test_snapshot_whose_data_is_gone(machine: Machine, suite: Suite) -> None:
-    machine.virsh("snapshot-create-as", "installed")
-    subprocess.run(["qemu-img", "snapshot", "-d", "installed", machine.disk], check=True)
-    suite.write(ONE_TEST)
-    result = suite.run(f"--kvmsnap-domain={machine.name}", "--kvmsnap-snapshot=installed")
-    assert_told_before_the_first_test(
-        result, f"the data of the snapshot 'installed' of {machine.name} is gone", "--metadata"
-    )
-    assert machine.snapshots == ["installed"]
-
-
-def test_unknown_names(machine: Machine, suite: Suite) -> None:
-    machine.virsh("snapshot-create-as", "installed")
-    suite.write(
-        f"""
-@pytest.mark.kvm_domain("{machine.name}x")
-def test_domain(vm): pass
-
-@pytest.mark.kvm_snapshot("instaled")
-def test_snapshot(vm): pass
-"""
-    )
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    assert_told_before_the_first_test(
-        result,
-        "2 problems",
-        f"there is no domain '{machine.name}x'",
-        f"did you mean '{machine.name}'",
-        f"there is no snapshot 'instaled' of {machine.name}",
-        "snapshots there: installed",
-    )
-
-
-def test_embedded_libvirt_in_use_by_another_process(
-    machine: Machine, suite: Suite, pytester: pytest.Pytester
-) -> None:
-    sign = pytester.path / "sign"
-    suite.write(
-        f"""
-import pathlib, time
-def test_stays(vm):
-    pathlib.Path({str(sign)!r}).touch()
-    time.sleep(60)
-"""
-    )
-    arguments = suite.arguments(f"--kvmsnap-domain={machine.name}")
-    with subprocess.Popen([os.sys.executable, "-m", "pytest", *arguments]) as process:  # type: ignore[attr-defined]
-        while not sign.exists():
-            assert process.poll() is None
-        result = suite.run(f"--kvmsnap-domain={machine.name}")
-        process.terminate()
-    assert_told_before_the_first_test(
-        result, "cannot connect to qemu:///embed", "another process is using"
-    )
-    suite.run("--kvmsnap-clean")
-
-
-def test_socket_that_this_user_may_not_open(tmp_path: Path) -> None:
-    """As an ordinary user: in a forked child, which may still use what is imported already."""
-    from pytest_kvmsnap.errors import HypervisorError
-    from pytest_kvmsnap.machine.libvirt_api import connect
-
-    folder = Path("/tmp") / f"kvmsnap-socket-{os.getpid()}"
-    folder.mkdir(mode=0o755)
-    sock = folder / "libvirt-sock"
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(sock))
-        server.listen()
-        sock.chmod(0o000)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            if os.getuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            try:
-                connect(f"qemu+unix:///system?socket={sock}")
-            except HypervisorError as error:
-                os.write(writing, str(error).encode())
-            os._exit(0)
-        os.close(writing)
-        os.waitpid(child, 0)
-        said = os.read(reading, 65536).decode()
-    sock.unlink()
-    folder.rmdir()
-    assert "cannot connect to qemu+unix:///system" in said
-    assert "Permission denied" in said
-    assert "usermod -aG libvirt" in said
 
 
 # --- the guest --------------------------------------------------------------------------------
