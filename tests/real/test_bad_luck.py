@@ -19,7 +19,7 @@ from bench import (
 
 BLIND_PREFLIGHT = """
 from pytest_kvmsnap.machine import preflight
-preflight.problems = lambda domain, ready, *, live: []
+preflight.problems = lambda *_, **__: []
 """
 BLIND = f"""{BLIND_PREFLIGHT}
 from pytest_kvmsnap.machine import space
