@@ -113,10 +113,6 @@ ODD_DEVICES = {
         "<source><clipboard copypaste='yes'/></source>"
         "<target type='virtio' name='com.redhat.spice.0'/></channel>"
     ),
-    "the raw disk vdb of": (
-        "<disk type='volume'><driver type='raw'/><source pool='p' volume='v'/>"
-        "<target dev='vdb'/></disk>"
-    ),
     "its disk vdb is on the network (nbd), where internal snapshots do not work": (
         "<disk type='network'><driver type='qcow2'/><source protocol='nbd' name='x'>"
         "<host name='localhost'/></source><target dev='vdb'/></disk>"
