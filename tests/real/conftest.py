@@ -24,6 +24,7 @@ def linux(pytestconfig: pytest.Config) -> guests.Guest:
     if missing:
         complain = pytest.fail if pytestconfig.getoption("--require-real") else pytest.skip
         complain(f"no real machines without {', '.join(missing)}: run scripts/setup")
+    guests.kvm_works()  # asked once, and now: pytester moves HOME, where the guest's cache is
     return guests.build()
 
 
