@@ -21,6 +21,8 @@ NO_TRACE = ("Traceback", "libvirtError", "INTERNALERROR")
 EXAMPLE = HERE.parents[1] / "example_suite"
 # an embedded libvirt says on stderr what a daemon writes into its log
 QUIET = os.environ | {"LIBVIRT_LOG_OUTPUTS": "4:file:/dev/null"}
+# virsh commands that only look, and may be tried again
+LOOKS = {"domstate", "dumpxml", "snapshot-list", "snapshot-current", "snapshot-dumpxml"}
 
 
 class Machine:
@@ -37,15 +39,22 @@ class Machine:
         subprocess.run(command, capture_output=True, env=QUIET, check=True)
 
     def virsh(self, command: str, *arguments: str) -> str:
-        """Run `virsh COMMAND NAME ARGUMENTS…` in the lab; return what it says."""
-        done = subprocess.run(
-            ["virsh", "-q", "-c", self.lab.uri, command, self.name, *arguments],
-            capture_output=True,
-            text=True,
-            env=QUIET,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        """Run `virsh COMMAND NAME ARGUMENTS…` in the lab; return what it says.
+
+        An embedded libvirt that is left just when it gets hold of a running guest dies now and
+        then, without a word. Who only looks tries again.
+        """
+        for _ in range(3 if command in LOOKS else 1):
+            done = subprocess.run(
+                ["virsh", "-q", "-c", self.lab.uri, command, self.name, *arguments],
+                capture_output=True,
+                text=True,
+                env=QUIET,
+                check=False,
+            )
+            if done.returncode == 0 or done.stderr:
+                break
+        assert done.returncode == 0, f"virsh {command} ended with {done.returncode}: {done.stderr}"
         return done.stdout.strip()
 
     @property

@@ -162,8 +162,7 @@ def test_fails_at_once(vm): pass
 # --- a run that is killed ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["next run", "clean"])
-@pytest.mark.parametrize("found", ["shut off", "running"])
+@pytest.mark.parametrize(("found", "by"), [("shut off", "clean"), ("running", "next run")])
 def test_killed_run_is_put_right(
     machine: Machine, suite: Suite, pytester: pytest.Pytester, found: str, by: str
 ) -> None:

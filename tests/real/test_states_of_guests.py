@@ -57,14 +57,12 @@ class TestTables:
 TESTS = 8
 
 
-@pytest.mark.parametrize("seed", [None, 1])
-def test_each_test_starts_from_its_own_prepared_state(
-    machine: Machine, suite: Suite, seed: int | None
-) -> None:
+def test_each_test_starts_from_its_own_prepared_state(machine: Machine, suite: Suite) -> None:
+    """In an order that takes the machine back and forth; the tests without QEMU try many more."""
     keep_a_copy(machine)
     definition = machine.definition
     suite.write(PREPARED)
-    random = [f"--random-order-seed={seed}", "--random-order-bucket=global"] if seed else []
+    random = ["--random-order-seed=1", "--random-order-bucket=global"]
     suite.run(f"--kvmsnap-domain={machine.name}", *random).assert_outcomes(passed=TESTS)
     assert (machine.state, machine.snapshots) == ("shut off", [])
     assert machine.definition == definition
