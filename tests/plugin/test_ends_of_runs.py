@@ -124,6 +124,7 @@ def test_a_failing_test_is_undone_before_it_is_run_again(
             assert seen[0] == seen[1] == seen[2]
         """
     )
+    suite.is_alone = False
     suite.run("--reruns=2").assert_outcomes(passed=1)
     assert host.look() == before
     assert calls.count("revert") == 3

@@ -29,6 +29,11 @@ def without_asyncio(suite: "Suite", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "-pno:asyncio")
 
 
+@pytest.fixture(autouse=True)
+def with_the_others(suite: "Suite") -> None:
+    suite.is_alone = False
+
+
 @pytest.fixture
 def node(suite: "Suite") -> str:
     """The option for a machine `box` that runs in other processes find, each anew."""

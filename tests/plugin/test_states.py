@@ -104,6 +104,7 @@ def test_each_test_starts_from_its_own_closures_state_in_any_order(
     host.define(state="running")
     before = host.look()
     write(suite, EVERYTHING)
+    suite.is_alone = False
     result = suite.run("--random-order-bucket=global", f"--random-order-seed={seed}")
     result.assert_outcomes(passed=COUNT)
     assert host.look() == before
