@@ -178,7 +178,7 @@ class Suite:
         self.host = host
         self.locks = pytester.path.parent / f"{pytester.path.name}-locks"
         self.is_alone = True
-        """Whether `run` loads no plugin but ours: all that are installed double its time."""
+        """Whether `run` loads no plugin but ours: all that are installed cost a third more."""
 
     def options(self, domain: str | None = "box") -> list[str]:
         named = [f"--kvmsnap-domain={domain}"] if domain else []

@@ -41,8 +41,8 @@ class Machine:
     def virsh(self, command: str, *arguments: str) -> str:
         """Run `virsh COMMAND NAME ARGUMENTS…` in the lab; return what it says.
 
-        An embedded libvirt that is left just when it gets hold of a running guest dies now and
-        then, without a word. Who only looks tries again.
+        Once, just after a snapshot of a running guest, it failed without a word; why is unknown.
+        Who only looks tries again then, and the exit status is told if that does not help.
         """
         for _ in range(3 if command in LOOKS else 1):
             done = subprocess.run(
