@@ -24,6 +24,14 @@ def as_qcow2(raw: Path, path: Path) -> Path:
     return path
 
 
+def known_kvm() -> str:
+    """Return a conftest that knows the answer, which takes seconds; test_kvm_or_not asks it."""
+    return f"""
+from pytest_kvmsnap.machine import accelerator
+accelerator.boots = lambda emulator, accelerator: accelerator == "tcg" or {guests.kvm_works()}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder whose name is not easy."""
@@ -60,11 +68,6 @@ def test_several_tests_on_one_raw_image_are_one_conversion_and_one_boot(
     raw = folder / "debian ü.raw"
     guests.copy_disk(linux, raw)
     before = digest(raw)
-    known = guests.kvm_works()  # asked by a test of its own; each run here would ask for seconds
-    conftest = f"""
-from pytest_kvmsnap.machine import accelerator
-accelerator.boots = lambda emulator, accelerator: accelerator == "tcg" or {known}
-"""
     suite.write(
         f"""
 import xml.etree.ElementTree as ET
@@ -85,7 +88,7 @@ def test_starts_clean(vm, turn):
     log = definition.find("devices/serial/log").get("file")
     assert "Linux version" in open(log, errors="replace").read()
 """,
-        conftest,
+        known_kvm(),
     )
     result = suite.run()
     result.assert_outcomes(passed=4)
@@ -125,7 +128,8 @@ def test_an_image_that_never_comes_up_is_tried_twice_and_then_fails_at_once(
 pytestmark = pytest.mark.kvm_golden({str(empty)!r}, memory="64 MiB")
 @pytest.mark.parametrize("turn", range(4))
 def test_waits(vm, turn): pass
-"""
+""",
+        known_kvm(),
     )
     result = suite.run("--kvmsnap-ready-timeout=1")
     result.assert_outcomes(errors=4)
@@ -450,6 +454,7 @@ def pytest_kvmsnap_lab(config):
     return {{"uri": lab.uri}}
 """,
     )
+    suite.load_all_plugins()
     result = suite.run_elsewhere("-n2")
     result.assert_outcomes(passed=4)
     assert calls.read_text().split() == ["convert"]
