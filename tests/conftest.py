@@ -1,5 +1,6 @@
 """What all tiers share: pytester, libvirt's test driver, and the switch for CI."""
 
+import gc
 import shutil
 
 import pytest
@@ -13,6 +14,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, rather than skip, where QEMU or a tool of it is missing",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is there to stay: each run inside of a test calls it often.
+
+    pytest collects ten times at the end of a run, for resources that were not closed.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside of tests load no plugin but ours: all that are installed take each a second."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin")
+
+
+@pytest.fixture
+def all_plugins(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside of this test load what is installed, as users' do."""
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    monkeypatch.delenv("PYTEST_PLUGINS")
+
+
+@pytest.fixture
+def xdist(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside of this test may have workers."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin,xdist.plugin")
 
 
 @pytest.fixture

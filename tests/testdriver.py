@@ -177,8 +177,6 @@ class Suite:
         self.pytester = pytester
         self.host = host
         self.locks = pytester.path.parent / f"{pytester.path.name}-locks"
-        self.is_alone = True
-        """Whether `run` loads no plugin but ours: all that are installed cost a third more."""
 
     def options(self, domain: str | None = "box") -> list[str]:
         named = [f"--kvmsnap-domain={domain}"] if domain else []
@@ -198,11 +196,7 @@ class Suite:
     def run(self, *args: str, domain: str | None = "box") -> pytest.RunResult:
         """Run the suite in this process, where it meets the domains of `host`."""
         options = self.options(domain)
-        with pytest.MonkeyPatch.context() as patched:
-            if self.is_alone:
-                patched.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-                patched.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin")
-            return self.pytester.runpytest_inprocess(*options, *args, no_reraise_ctrlc=True)
+        return self.pytester.runpytest_inprocess(*options, *args, no_reraise_ctrlc=True)
 
     def run_apart(self, *args: str, domain: str | None = "box") -> pytest.RunResult:
         """Run the suite in a process of its own, whose test driver has its domain `test` only."""

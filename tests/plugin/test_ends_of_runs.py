@@ -107,6 +107,7 @@ def test_ctrl_c_while_the_machine_is_prepared(
     assert suite.left_over() == []
 
 
+@pytest.mark.usefixtures("all_plugins")
 def test_a_failing_test_is_undone_before_it_is_run_again(
     suite: "Suite", host: "Host", calls: "Calls"
 ) -> None:
@@ -124,7 +125,6 @@ def test_a_failing_test_is_undone_before_it_is_run_again(
             assert seen[0] == seen[1] == seen[2]
         """
     )
-    suite.is_alone = False
     suite.run("--reruns=2").assert_outcomes(passed=1)
     assert host.look() == before
     assert calls.count("revert") == 3

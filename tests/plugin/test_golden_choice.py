@@ -34,6 +34,7 @@ def test_it(vm, turn): pass
 """
 
 
+@pytest.mark.usefixtures("xdist")
 @pytest.mark.parametrize("more", [(), ("-n2",)])
 def test_a_driver_without_images_is_refused(
     suite: Suite, image: Path, more: tuple[str, ...]

@@ -78,8 +78,8 @@ def test_each_image_is_told_for_itself(suite: "Suite", host: "Host", image: Path
     assert told == [f"box: its image {each}" for each in (image, other)]
 
 
+@pytest.mark.usefixtures("xdist")
 def test_growth_in_a_worker_is_told_at_the_end(suite: "Suite", image: Path) -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     node = suite.pytester.path / "node.xml"
     node.write_text(node_file(disk(image)))
     suite.write(TESTS.format(path=str(image)))

@@ -23,15 +23,13 @@ def needs(module: str) -> None:
     pytest.importorskip(module, reason=f"{module.replace('_', '-')} is not installed")
 
 
+pytestmark = pytest.mark.usefixtures("all_plugins")
+
+
 @pytest.fixture(autouse=True)
 def without_asyncio(suite: "Suite", monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave pytest-asyncio out of all runs but its own: it warns where its loops are not set."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "-pno:asyncio")
-
-
-@pytest.fixture(autouse=True)
-def with_the_others(suite: "Suite") -> None:
-    suite.is_alone = False
 
 
 @pytest.fixture

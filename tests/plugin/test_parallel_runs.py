@@ -39,9 +39,8 @@ def diary(vm):
 
 
 @pytest.fixture
-def uri(suite: "Suite") -> str:
+def uri(suite: "Suite", xdist: None) -> str:
     """The option for a machine `box` that every process finds, each in a driver of its own."""
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     node = suite.pytester.path / "node.xml"
     node.write_text(node_file(disk("/images/box.qcow2")))
     return f"--kvmsnap-uri=test://{node}"
@@ -140,8 +139,8 @@ def test_what_is_wrong_is_told_once_by_all_workers(suite: "Suite", uri: str) -> 
     assert "Different tests" not in said
 
 
+@pytest.mark.usefixtures("xdist")
 def test_workers_cannot_share_an_embedded_libvirt(suite: "Suite") -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     write(suite, "def test_one(vm): pass\n")
     result = suite.run_apart("-n2", "--kvmsnap-uri=qemu:///embed?root=/nowhere")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -150,9 +149,9 @@ def test_workers_cannot_share_an_embedded_libvirt(suite: "Suite") -> None:
     assert "INTERNALERROR" not in said
 
 
+@pytest.mark.usefixtures("xdist")
 def test_the_hook_may_give_each_worker_an_embedded_libvirt(suite: "Suite") -> None:
     """It is not there, which is told by libvirt and not by us."""
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     suite.write(
         "def test_one(vm): pass",
         "def pytest_kvmsnap_lab(config): return {'uri': 'qemu:///embed?root=/dev/null/nowhere'}",
@@ -186,7 +185,7 @@ def test_a_run_that_died_between_our_check_and_our_first_test_is_undone(
     assert suite.left_over() == []
 
 
+@pytest.mark.usefixtures("xdist")
 def test_workers_of_xdist_may_run_other_tests(suite: "Suite") -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     suite.write("def test_machine(vm): pass\ndef test_without(): pass")
     suite.run_apart("-n2", "-m", "not kvm").assert_outcomes(passed=1)

@@ -98,6 +98,7 @@ def test_json_is_the_plan_and_nothing_else(suite: Suite, two_machines: Host) -> 
     assert plan["conversions"] == plan["blockers"] == plan["notes"] == []
 
 
+@pytest.mark.usefixtures("xdist")
 @pytest.mark.parametrize("more", [(), ("-v",), ("-n2",), ("-s",), ("-p", "no:terminal")])
 def test_json_can_be_read_with_whatever_else_is_given(suite: Suite, more: tuple[str, ...]) -> None:
     """In a process of its own, whose standard output is what a program reads."""

@@ -96,6 +96,7 @@ def test_each_test_starts_from_its_own_closures_state(
     assert suite.left_over() == []
 
 
+@pytest.mark.usefixtures("all_plugins")
 @pytest.mark.parametrize("seed", range(12))
 def test_each_test_starts_from_its_own_closures_state_in_any_order(
     suite: "Suite", host: "Host", seed: int
@@ -104,7 +105,6 @@ def test_each_test_starts_from_its_own_closures_state_in_any_order(
     host.define(state="running")
     before = host.look()
     write(suite, EVERYTHING)
-    suite.is_alone = False
     result = suite.run("--random-order-bucket=global", f"--random-order-seed={seed}")
     result.assert_outcomes(passed=COUNT)
     assert host.look() == before

@@ -117,13 +117,6 @@ class Suite:
         monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{EXAMPLE}")
         monkeypatch.setenv("KVMSNAP_RECORD", str(self.record))
         monkeypatch.setenv("LIBVIRT_LOG_OUTPUTS", QUIET["LIBVIRT_LOG_OUTPUTS"])
-        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-        monkeypatch.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin")
-
-    def load_all_plugins(self) -> None:
-        """Load what is installed, as users do. All others cost each run about a second."""
-        self._monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
-        self._monkeypatch.delenv("PYTEST_PLUGINS")
 
     def keep_images_in(self, folder: Path) -> None:
         """Have throwaway machines and converted golden images in a folder."""

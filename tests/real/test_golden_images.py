@@ -419,6 +419,7 @@ clone.make = make_and_fill
 # --- several at once --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("xdist")
 def test_workers_share_an_image_and_one_of_them_converts_it(
     linux: guests.Guest, suite: Suite, folder: Path, template: Template, pytester: pytest.Pytester
 ) -> None:
@@ -454,7 +455,6 @@ def pytest_kvmsnap_lab(config):
     return {{"uri": lab.uri}}
 """,
     )
-    suite.load_all_plugins()
     result = suite.run_elsewhere("-n2")
     result.assert_outcomes(passed=4)
     assert calls.read_text().split() == ["convert"]

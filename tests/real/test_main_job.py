@@ -49,12 +49,12 @@ def keep_a_copy(machine: Machine) -> None:
     subprocess.run(["cp", "--sparse=always", machine.disk, copy], check=True)
 
 
+@pytest.mark.usefixtures("all_plugins")
 def test_machine_found_off_is_left_off_with_its_disk_as_found(
     machine: Machine, suite: Suite
 ) -> None:
     keep_a_copy(machine)
     definition = machine.definition
-    suite.load_all_plugins()
     suite.write(STORY)
     result = suite.run(f"--kvmsnap-domain={machine.name}")
     result.assert_outcomes(passed=TESTS)

@@ -57,11 +57,11 @@ class TestTables:
 TESTS = 8
 
 
+@pytest.mark.usefixtures("all_plugins")
 def test_each_test_starts_from_its_own_prepared_state(machine: Machine, suite: Suite) -> None:
     """In an order that takes the machine back and forth; the tests without QEMU try many more."""
     keep_a_copy(machine)
     definition = machine.definition
-    suite.load_all_plugins()
     suite.write(PREPARED)
     random = ["--random-order-seed=1", "--random-order-bucket=global"]
     suite.run(f"--kvmsnap-domain={machine.name}", *random).assert_outcomes(passed=TESTS)

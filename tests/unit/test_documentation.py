@@ -2,11 +2,11 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,9 +55,9 @@ def blocks(language: str, text: str = README) -> list[str]:
     return [block for of, block in fenced if of == language]
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ast.parse(path.read_text())
+@functools.cache
+def trees() -> list[tuple[Path, ast.Module]]:
+    return [(path, ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def said(node: ast.AST) -> str | None:
