@@ -89,6 +89,10 @@ class NotReadyError(MachineError):
     """The machine did not get ready in time."""
 
 
+class AgentLostError(NotReadyError):
+    """libvirt will not talk to the guest agent again before the machine is started anew."""
+
+
 class SnapshotError(MachineError):
     """A snapshot could not be taken or deleted."""
 

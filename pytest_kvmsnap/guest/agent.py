@@ -19,6 +19,11 @@ from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
 # Bytes in one message. With 256 KiB (base64: 350,000 characters) a write never gets through and
 # the agent is lost to libvirt from then on; 128 KiB works and is no faster (libvirt 9.0, measured).
 CHUNK = 64 * 1024
+# What libvirt says from then on when its connection to the agent broke, or something that is no
+# JSON came through it; a new QEMU process or a restart of the agent in the guest ends that. The end
+# of the QEMU before can break it too, when the new one is there already (libvirt's
+# qemuProcessHandleAgentError; seen once in 80 reverts that followed each other at once).
+LOST = "not available due to an error"
 _POLL = (0.003, 0.05)  # seconds between looks at a running command: at first, at most
 
 # Kills a process and all that descend from it. The agent starts commands in its own process
@@ -50,13 +55,13 @@ class Agent:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
 
-    def answers(self) -> bool:
-        """Tell whether the agent is there right now."""
+    def silence(self) -> AgentError | None:
+        """Return why the agent does not answer right now, None when it does."""
         try:
             self.command("guest-ping", timeout=5)
-        except AgentError:
-            return False
-        return True
+        except AgentError as error:
+            return error
+        return None
 
     def command(
         self, name: str, arguments: Mapping[str, object] | None = None, *, timeout: int = 30
@@ -82,6 +87,11 @@ class Agent:
                 f"allow {name} in the guest: /etc/sysconfig/qemu-ga (BLACKLIST_RPC,"
                 " FILTER_RPC_ARGS)"
                 " or /etc/qemu/qemu-ga.conf (block-rpcs, allow-rpcs), then restart qemu-guest-agent"
+            )
+        elif LOST in why:
+            cure = (
+                "libvirt talks to it again after a revert, and when qemu-guest-agent is started"
+                " anew in the guest"
             )
         elif "not connected" in why or "not configured" in why or "not responding" in why:
             cure = (

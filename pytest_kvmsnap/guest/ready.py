@@ -4,14 +4,17 @@ import contextlib
 import time
 from typing import Literal
 
-from pytest_kvmsnap.errors import AgentError, NotReadyError
-from pytest_kvmsnap.guest.agent import Agent
+from pytest_kvmsnap.errors import AgentError, AgentLostError, NotReadyError
+from pytest_kvmsnap.guest.agent import LOST, Agent
 from pytest_kvmsnap.guest.console import console_tail
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import libvirt
 
 Ready = Literal["agent", "none"]
+
+_PATIENCE = 2.0
+"""Seconds that libvirt may have lost the agent. A guest that reboots opens its port anew."""
 
 
 def means_of(domain: Domain, wanted: Ready | None) -> Ready:
@@ -27,19 +30,30 @@ def wait_ready(domain: Domain, means: Ready, timeout: float) -> None:
     Raises:
         NotReadyError: it is not after `timeout` seconds, or it went off meanwhile; the message has
             the last lines of its console.
+        AgentLostError: waiting is of no use, the machine must be started anew.
     """
     agent = Agent(domain)
-    if means == "none" or agent.answers():
+    if means == "none" or not agent.silence():
         return
-    end = time.monotonic() + timeout
+    begin = had_it = time.monotonic()
     with console_tail(domain) as console:
-        while not agent.answers():
+        while silence := agent.silence():
             console.listen()
+            now = time.monotonic()
+            if LOST not in silence.why:
+                had_it = now
+            elif now - had_it > _PATIENCE:
+                raise AgentLostError(
+                    "the machine did not get ready",
+                    where=domain.where,
+                    why=f"libvirt lost the guest agent: {silence.why}",
+                    cure=silence.cure,
+                )
             if not domain.is_active():
                 raise _not_ready(
                     domain, "the machine went off while it was booting", console.lines()
                 )
-            if time.monotonic() > end:
+            if now - begin > timeout:
                 why = f"waited {timeout:g} s for the guest agent to answer"
                 raise _not_ready(domain, why, console.lines())
             time.sleep(0.03)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pytest_kvmsnap.errors import (
+    AgentLostError,
     KvmsnapError,
     MachineError,
     QuarantinedError,
@@ -132,7 +133,7 @@ class Machine:
             if not self._stands_at(snapshot):
                 self._revert(snapshot)
             if not as_kept:
-                self._bring_up()
+                self._bring_up(snapshot)
 
     def back(self, snapshot: str) -> None:
         """Put the machine back after a use of it, with force, and prove it.
@@ -252,7 +253,7 @@ class Machine:
             return found
         if not self._stands_at(found):
             self._revert(found)
-        self._bring_up()
+        self._bring_up(found)
         self._baseline, *_ = self.keep("base")
         return self._baseline
 
@@ -292,12 +293,18 @@ class Machine:
             return False
         return self.domain.fingerprint() == stand.fingerprint
 
-    def _bring_up(self) -> None:
-        """Make the machine run and wait until it is ready."""
-        state = self.domain.state()
-        if state == "running":
+    def _bring_up(self, snapshot: str) -> None:
+        """Make a machine that stands at a snapshot run, and wait until it is ready."""
+        if self.domain.state() == "running":
             return
-        if state == "paused":
+        try:
+            self._run()
+        except AgentLostError:
+            self._revert(snapshot)
+            self._run()
+
+    def _run(self) -> None:
+        if self.domain.state() == "paused":
             self.domain.resume()
         else:
             self.domain.start()
@@ -330,13 +337,19 @@ class Machine:
         self._marked = self._mark()
         if is_used and self._marked is None and self._takes_marks():
             self.unproven.append(self._user)
+        try:
+            self._revert_once(snapshot)
+        except AgentLostError:
+            self._revert_once(snapshot)
+        self._stand = _Stand(snapshot, self.domain.fingerprint())
+
+    def _revert_once(self, snapshot: str) -> None:
         restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
         restore.delete(self.domain, lambda name: name not in self._powers)
         self._forgotten.clear()
         self._check_state(snapshot)
         if self._powers[snapshot] == "running":
             self._arrive()
-        self._stand = _Stand(snapshot, self.domain.fingerprint())
 
     def _plant(self) -> None:
         """Allocate the canary's block before a snapshot is taken."""

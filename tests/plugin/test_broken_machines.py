@@ -11,7 +11,15 @@ import libvirt
 import pytest
 from testdriver import fail_when
 
-from pytest_kvmsnap.errors import AgentError, MachineError, RevertError, SnapshotError
+from pytest_kvmsnap.errors import (
+    AgentError,
+    AgentLostError,
+    MachineError,
+    RevertError,
+    SnapshotError,
+)
+from pytest_kvmsnap.guest.ready import wait_ready
+from pytest_kvmsnap.lab import machine
 from pytest_kvmsnap.machine.domain import Domain
 
 if TYPE_CHECKING:
@@ -63,6 +71,50 @@ def test_a_failing_revert_is_an_error_of_the_test_and_the_next_ones_fail_at_once
     assert "Traceback" not in result.stdout.str()
     assert host.look() == before, "it is put right at the end, where that works again"
     assert calls.count("take") == (1 if state == "running" else 2)
+
+
+ONCE_MORE = {
+    "running": ["take found", "revert found", "revert found", "delete found"],
+    "shut off": [
+        *["take found", "start", "revert found", "start", "take base"],
+        *["revert base", "revert found", "delete base", "delete found"],
+    ],
+}
+
+
+@pytest.mark.parametrize("found", ["running", "shut off"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_machine_whose_agent_libvirt_lost_is_put_back_once_more(
+    suite: "Suite",
+    host: "Host",
+    calls: "Calls",
+    monkeypatch: pytest.MonkeyPatch,
+    found: str,
+    times: int,
+) -> None:
+    """At the first way back of one that runs, at the first start of another."""
+    host.define(state=found)
+    before = host.look()
+    error = AgentLostError("the machine did not get ready", where="box", why="the mock says so")
+    waits = iter([None, *[error] * times] if found == "running" else [error] * times)
+
+    def losing(*args: Any) -> None:
+        if lost := next(waits, None):
+            raise lost
+        wait_ready(*args)
+
+    monkeypatch.setattr(machine, "wait_ready", losing)
+    suite.write("def test_one(vm): pass")
+    result = suite.run()
+    if times == 1:
+        result.assert_outcomes(passed=1)
+        assert calls.log == ONCE_MORE[found]
+    else:
+        result.assert_outcomes(errors=1, passed=1 if found == "running" else 0)
+        result.stdout.fnmatch_lines(["the machine did not get ready", "*the mock says so"])
+        assert calls.log.count("revert found") == (3 if found == "running" else 2)
+    assert next(waits, None) is None
+    assert host.look() == before
 
 
 @pytest.mark.parametrize("option", ["-pno:terminal", "--no-summary"])

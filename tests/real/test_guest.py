@@ -8,10 +8,18 @@ from bench import Machine, Suite
 
 from guest import Guest
 
+# One machine for all tests of an inner suite: what a revert does is shown elsewhere.
+WITHOUT_REVERTS = """
+@pytest.fixture
+def vm(module_vm):
+    return module_vm
+"""
+
 
 def test_commands(machine: Machine, suite: Suite) -> None:
     suite.write(
-        r"""
+        WITHOUT_REVERTS
+        + r"""
 def test_a_string_is_for_the_shell_and_a_list_is_executed(vm):
     assert vm.run("echo $((6 * 7)) | tr 4 x").stdout == "x2\n"
     assert vm.run(["echo", "$((6 * 7))", "a b"]).stdout == "$((6 * 7)) a b\n"
@@ -55,9 +63,48 @@ def test_command_that_is_not_there(vm):
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=7)
 
 
-def test_files(machine: Machine, suite: Suite) -> None:
+def test_libvirt_loses_an_agent_that_talks_nonsense_and_has_it_back_after_a_revert(
+    machine: Machine, suite: Suite
+) -> None:
     suite.write(
         r"""
+import time
+
+NONSENSE = r'''
+mv /usr/sbin/start-agent /root
+pidof qemu-ga | xargs kill
+port=/dev/$(ls /sys/class/virtio-ports | head -n 1)
+sleep 1
+exec 3<>$port
+while :; do
+    read -r line <&3 || { sleep 0.1; continue; }  # no host yet
+    id=$(echo "$line" | sed -n 's/.*guest-sync.*"id":\([0-9]*\).*/\1/p')
+    [ "$id" ] && echo "{\"return\": $id}" >&3 || echo "{nonsense" >&3
+done
+'''
+
+def test_loses_it(vm):
+    vm.run(["sh", "-c", "(sleep 0.5; eval \"$0\") >/dev/null 2>&1 &", NONSENSE], check=True)
+    time.sleep(4)
+    with pytest.raises(Exception, match="the guest agent did not do guest-exec"):
+        vm.run("true")
+    with pytest.raises(Exception, match="not available due to an error") as caught:
+        vm.run("true")
+    assert "talks to it again after a revert" in str(caught.value)
+    with pytest.raises(Exception, match="libvirt lost the guest agent"):
+        vm.wait_ready()
+
+def test_has_it_back(vm):
+    vm.run("true", check=True)
+"""
+    )
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=2)
+
+
+def test_files(machine: Machine, suite: Suite) -> None:
+    suite.write(
+        WITHOUT_REVERTS
+        + r"""
 import os
 
 def test_text_and_bytes(vm):

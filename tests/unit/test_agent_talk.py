@@ -146,13 +146,14 @@ def test_a_refusal_is_told_with_its_cure(
 
 
 @pytest.mark.parametrize(
-    ("refusals", "answers"), [({}, True), ({"guest-ping": "not there"}, False)]
+    ("refusals", "why"), [({}, None), ({"guest-ping": "not there"}, "not there")]
 )
 def test_a_ping_tells_whether_the_agent_is_there(
-    agent: Agent, local_guest: "LocalGuest", refusals: dict[str, str], answers: bool
+    agent: Agent, local_guest: "LocalGuest", refusals: dict[str, str], why: str | None
 ) -> None:
     local_guest.refusals = refusals
-    assert agent.answers() is answers
+    silence = agent.silence()
+    assert (silence and silence.why) == why
     assert local_guest.log == ["guest-ping"]
     assert local_guest.requests == [{"execute": "guest-ping"}]
     assert 0 < local_guest.timeouts[0] <= 10

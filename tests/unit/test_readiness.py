@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import libvirt
 import pytest
+from localguest import WHERE
 from testdriver import disk
 
-from pytest_kvmsnap.errors import NotReadyError
+from pytest_kvmsnap.errors import AgentError, AgentLostError, NotReadyError
 from pytest_kvmsnap.guest import ready
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.console import ConsoleTail, console_tail
@@ -73,10 +74,43 @@ def test_without_means_nothing_is_asked(box: Box, local_guest: "LocalGuest") -> 
 def test_a_machine_that_answers_late_is_ready(
     box: Box, local_guest: "LocalGuest", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([False, False, False, True])
-    monkeypatch.setattr(Agent, "answers", lambda self: next(answers))
+    silences = iter([AgentError("", why="not connected")] * 3)
+    monkeypatch.setattr(Agent, "silence", lambda self: next(silences, None))
     ready.wait_ready(box.define(), "agent", 60)
-    assert next(answers, None) is None
+    assert next(silences, None) is None
+
+
+class Clock:
+    """A second passes between two looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return self.now
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_an_agent_that_libvirt_lost_is_waited_for_a_short_time(
+    box: Box, local_guest: "LocalGuest", monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """A guest that reboots opens its port anew; else nothing but a new start brings it back."""
+    monkeypatch.setattr(ready, "time", Clock())
+    why = "QEMU guest agent is not available due to an error"
+    silences = [*["not connected"] * 5, *[why] * lost, "not connected", why, why]
+    told = iter([AgentError("", why=each, cure="revert") for each in silences])
+    monkeypatch.setattr(Agent, "silence", lambda self: next(told, None))
+    domain = box.define()
+    if lost == 2:
+        ready.wait_ready(domain, "agent", 60)
+        return
+    with pytest.raises(AgentLostError) as caught:
+        ready.wait_ready(domain, "agent", 60)
+    assert caught.value.why == f"libvirt lost the guest agent: {why}"
+    assert (caught.value.where, caught.value.cure) == (WHERE, "revert")
 
 
 def test_a_machine_that_never_answers_is_told_with_its_last_words(
