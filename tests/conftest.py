@@ -42,8 +42,24 @@ def all_plugins(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def xdist(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs inside of this test may have workers."""
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin,xdist.plugin")
+    _load_too("xdist.plugin", monkeypatch)
+
+
+@pytest.fixture
+def random_order(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside of this test may be in random order."""
+    _load_too("random_order.plugin", monkeypatch)
+
+
+@pytest.fixture
+def rerunfailures(only_our_plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside of this test may repeat what failed."""
+    _load_too("pytest_rerunfailures", monkeypatch)
+
+
+def _load_too(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
+    monkeypatch.setenv("PYTEST_PLUGINS", plugin, prepend=",")
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_ctrl_c_while_the_machine_is_prepared(
     assert suite.left_over() == []
 
 
-@pytest.mark.usefixtures("all_plugins")
+@pytest.mark.usefixtures("rerunfailures")
 def test_a_failing_test_is_undone_before_it_is_run_again(
     suite: "Suite", host: "Host", calls: "Calls"
 ) -> None:

@@ -96,12 +96,11 @@ def test_each_test_starts_from_its_own_closures_state(
     assert suite.left_over() == []
 
 
-@pytest.mark.usefixtures("all_plugins")
+@pytest.mark.usefixtures("random_order")
 @pytest.mark.parametrize("seed", range(12))
 def test_each_test_starts_from_its_own_closures_state_in_any_order(
     suite: "Suite", host: "Host", seed: int
 ) -> None:
-    pytest.importorskip("random_order", reason="pytest-random-order is not installed")
     host.define(state="running")
     before = host.look()
     write(suite, EVERYTHING)

@@ -73,7 +73,7 @@ def test_several_tests_on_one_raw_image_are_one_conversion_and_one_boot(
 import xml.etree.ElementTree as ET
 pytestmark = pytest.mark.kvm_golden({str(raw)!r}, memory="192 MiB")
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(3))
 def test_starts_clean(vm, turn):
     assert vm.read_text("/opt/abc") == "123\\n"
     vm.write_text("/opt/abc", "456")
@@ -91,28 +91,28 @@ def test_starts_clean(vm, turn):
         known_kvm(),
     )
     result = suite.run()
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines([f"kvmsnap: converted the golden image {raw} to qcow2 *"])
     assert suite.calls_on_clones() == [
         "1 take_snapshot found",
         "1 start",
         "1 take_snapshot base",
-        *["1 revert base"] * 4,
+        *["1 revert base"] * 3,
         "1 destroy",
     ]
     assert digest(raw) == before
     (converted,) = suite.converted()
     assert suite.left_over() == []
 
-    again = suite.run("-k", "2 or 3")
-    again.assert_outcomes(passed=2, deselected=2)
+    again = suite.run("-k", "2")
+    again.assert_outcomes(passed=1, deselected=2)
     again.stdout.no_fnmatch_line("*converted the golden image*")
     assert suite.converted() == [converted]
 
     os.utime(raw, (1, 1))  # the same content, but another file by its time
     plan = suite.run("--kvmsnap-plan")
     plan.stdout.fnmatch_lines(["conversions:", f"*{raw} -> the cache (up to *"])
-    suite.run("-k", "3").assert_outcomes(passed=1, deselected=3)
+    suite.run("-k", "2").assert_outcomes(passed=1, deselected=2)
     (anew,) = suite.converted()
     assert anew != converted
     assert suite.left_over() == []

@@ -45,19 +45,17 @@ def dirt(vm):
 
 def test_database(database, vm): expect(vm, DATABASE)
 def test_plain(vm): expect(vm)
-def test_web(web, vm): expect(vm, WEB)
 def test_database_again(database, vm): expect(vm, DATABASE)
 def test_tools(tools, web, vm): expect(vm, TOOLS, WEB)
 
 class TestTables:
     def test_tables(self, tables, vm): expect(vm, DATABASE, TABLES)
-    def test_plain(self, vm): expect(vm)
     def test_tables_again(self, tables, vm): expect(vm, DATABASE, TABLES)
 """
-TESTS = 8
+TESTS = 6
 
 
-@pytest.mark.usefixtures("all_plugins")
+@pytest.mark.usefixtures("random_order")
 def test_each_test_starts_from_its_own_prepared_state(machine: Machine, suite: Suite) -> None:
     """In an order that takes the machine back and forth; the tests without QEMU try many more."""
     keep_a_copy(machine)
