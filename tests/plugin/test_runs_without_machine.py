@@ -115,7 +115,7 @@ def test_a_wrong_skip_marker_is_reported_by_pytest(suite: "Suite") -> None:
 @pytest.mark.usefixtures("all_plugins")
 def test_pytest_kvmsnap_can_be_switched_off(suite: "Suite") -> None:
     suite.write(PLAIN)
-    result = suite.pytester.runpytest_subprocess("-Werror", "-pno:kvmsnap")
+    result = suite.pytester.runpytest_subprocess("-Werror", "-pno:asyncio", "-pno:kvmsnap")
     result.assert_outcomes(passed=1)
 
 
