@@ -5,11 +5,11 @@ Mocks throughout: the test driver never fails.
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import libvirt
 import pytest
-from testdriver import fail_when
+from testdriver import disk, fail_when
 
 from pytest_kvmsnap.errors import (
     AgentError,
@@ -25,6 +25,7 @@ from pytest_kvmsnap.machine.domain import Domain
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
 
+AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 THREE_TESTS = """
     def test_one(vm): pass
     def test_two(vm): pass
@@ -115,6 +116,49 @@ def test_a_machine_whose_agent_libvirt_lost_is_put_back_once_more(
         assert calls.log.count("revert found") == (3 if found == "running" else 2)
     assert next(waits, None) is None
     assert host.look() == before
+
+
+class Marks:
+    """In place of the canary: what the guest was asked, which does nothing while it is lost."""
+
+    log: ClassVar[list[str]] = []
+    is_lost = False
+
+    def __init__(self, *_: object) -> None: ...
+
+    def plant(self) -> bool:
+        return True
+
+    def mark(self) -> bool:
+        self.log.append("mark")
+        return not Marks.is_lost
+
+    def look(self) -> str:
+        self.log.append("look")
+        return ""
+
+
+def test_a_lost_agent_costs_no_proof(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is lost while the machine boots; the marks of the test before are looked for then."""
+    host.define("box", disk("/images/box.qcow2"), AGENT)
+    waits = iter(["", "lost", ""])
+
+    def losing(*_: object) -> None:
+        Marks.is_lost = bool(next(waits))
+        if Marks.is_lost:
+            raise AgentLostError("the machine did not get ready")
+
+    monkeypatch.setattr(Marks, "log", [])
+    monkeypatch.setattr(machine, "Canary", Marks)
+    monkeypatch.setattr(machine, "wait_ready", losing)
+    monkeypatch.setattr(machine, "set_clock", lambda _: None)
+    suite.write("def test_one(vm): pass\ndef test_two(vm): pass")
+    result = suite.run("--kvmsnap-live=no")
+    result.assert_outcomes(passed=2)
+    assert Marks.log == ["mark", "look", "mark"]
+    result.stdout.no_fnmatch_line("*marks of the proof*")
 
 
 @pytest.mark.parametrize("option", ["-pno:terminal", "--no-summary"])
