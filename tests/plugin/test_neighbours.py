@@ -19,11 +19,11 @@ def check(vm, *words):
 PREPARED = DATABASE + CHECK
 
 
+pytestmark = pytest.mark.usefixtures("all_plugins")
+
+
 def needs(module: str) -> None:
     pytest.importorskip(module, reason=f"{module.replace('_', '-')} is not installed")
-
-
-pytestmark = pytest.mark.usefixtures("all_plugins")
 
 
 @pytest.fixture(autouse=True)
