@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-pytest_plugins = ("pytester", "testdriver", "localguest")
+pytest_plugins = ("pytester", "testdriver", "localguest", "daemon", "sharedhost")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +30,8 @@ def only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs inside of tests load no plugin but ours: all that are installed take each a second."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "pytest_kvmsnap.plugin")
+    # they are no workers of the run that they are in
+    monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
 
 
 @pytest.fixture

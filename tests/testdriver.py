@@ -173,6 +173,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 class Suite:
     """A test suite and the runs of it, on the domains of `host`."""
 
+    uri = URI
+
     def __init__(self, pytester: pytest.Pytester, host: Host) -> None:
         self.pytester = pytester
         self.host = host
@@ -183,7 +185,7 @@ class Suite:
         return [
             "-Werror",
             "-pno:randomly",
-            f"--kvmsnap-uri={URI}",
+            f"--kvmsnap-uri={self.uri}",
             f"--kvmsnap-lock-dir={self.locks}",
             *named,
         ]

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from bench import Machine, Maker, Suite
+from daemon import Daemon, short_temporary_folder
+from daemonlab import DaemonLab, DaemonSuite, SharedMachine
 
 import guest as guests
 from lab import Lab, open_lab, reap_orphans
@@ -31,16 +33,11 @@ def linux(pytestconfig: pytest.Config) -> guests.Guest:
 @pytest.fixture(scope="session")
 def lab(linux: guests.Guest) -> Iterator[Lab]:
     """A root for `qemu:///embed`, which nothing may have left a process in at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="kvm-", dir=_short_temporary_folder()))
+    folder = Path(tempfile.mkdtemp(prefix="kvm-", dir=short_temporary_folder()))
     with reap_orphans(), open_lab(folder) as opened:
         yield opened
         left = [path.name for path in (folder / "run" / "qemu").glob("*.xml")]
         assert left == [], "machines were left running"
-
-
-def _short_temporary_folder() -> str:
-    """Return a folder whose sockets' paths stay short enough; pytest's own do not."""
-    return tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
 
 
 @pytest.fixture
@@ -62,6 +59,36 @@ def make_machine(lab: Lab, linux: guests.Guest) -> Iterator[Maker]:
 def machine(make_machine: Maker) -> Machine:
     """A machine that is off, on a qcow2 image."""
     return make_machine()
+
+
+@pytest.fixture(scope="session")
+def daemon_lab(linux: guests.Guest, libvirtd: Daemon) -> Iterator[DaemonLab]:
+    """Machines that several processes share, which nothing may have left running at the end."""
+    with reap_orphans():
+        yield DaemonLab(libvirtd, linux)
+        assert libvirtd.running() == [], "machines were left running"
+
+
+@pytest.fixture
+def daemon_suite(
+    pytester: pytest.Pytester, daemon_lab: DaemonLab, monkeypatch: pytest.MonkeyPatch
+) -> DaemonSuite:
+    """A suite whose runs share the machines of the daemon."""
+    return DaemonSuite(pytester, daemon_lab, monkeypatch)
+
+
+@pytest.fixture
+def make_shared(daemon_lab: DaemonLab) -> Iterator[Callable[[str], SharedMachine]]:
+    """Make machines, by their names, that all processes see; they are off."""
+    made: list[SharedMachine] = []
+
+    def make(name: str) -> SharedMachine:
+        made.append(daemon_lab.make(name))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        daemon_lab.discard(machine)
 
 
 @pytest.fixture
