@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_kvmsnap.errors import (
         AgentError,
+        ConnectionLostError,
         KvmsnapError,
         MachineError,
         NotReadyError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "AgentError",
+    "ConnectionLostError",
     "Disk",
     "KvmsnapError",
     "MachineError",

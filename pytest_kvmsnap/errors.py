@@ -10,6 +10,7 @@ __all__ = [
     "AgentError",
     "BlockedError",
     "ConfigError",
+    "ConnectionLostError",
     "ConversionError",
     "DomainNotFoundError",
     "HypervisorError",
@@ -83,6 +84,10 @@ class ImageError(UsageProblem):
 
 class MachineError(KvmsnapError):
     """A machine did not do what it was told."""
+
+
+class ConnectionLostError(MachineError):
+    """The connection to libvirt broke, or stays away; it is opened again by whoever needs it."""
 
 
 class NotReadyError(MachineError):

@@ -5,8 +5,7 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import libvirt
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from pytest_kvmsnap.guest import agent as agents
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import connect
 
 WHERE = "box at test:///default"
 
@@ -128,8 +128,16 @@ def local_guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalGuest]:
     guest.end()
 
 
+class NoDomain(Domain):
+    """A machine that is not there; its guest is asked nevertheless."""
+
+    raw = None  # type: ignore[assignment]
+
+
 @pytest.fixture
-def agent(local_guest: LocalGuest) -> Agent:
+def agent(local_guest: LocalGuest) -> Iterator[Agent]:
     """The agent of a machine whose guest is this computer."""
     assert local_guest
-    return Agent(cast(Domain, SimpleNamespace(raw=None, where=WHERE)))
+    hypervisor = connect("test:///default")
+    yield Agent(NoDomain(hypervisor, "", "box"))
+    hypervisor.close()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pytest_kvmsnap.errors import AgentError
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
+from pytest_kvmsnap.machine.libvirt_api import libvirt_qemu
 
 # Bytes in one message. With 256 KiB (base64: 350,000 characters) a write never gets through and
 # the agent is lost to libvirt from then on; 128 KiB works and is no faster (libvirt 9.0, measured).
@@ -24,6 +24,10 @@ CHUNK = 64 * 1024
 # of the QEMU before can break it too, when the new one is there already (libvirt's
 # qemuProcessHandleAgentError; seen once in 80 reverts that followed each other at once).
 LOST = "not available due to an error"
+# A libvirt that was just started talks to the agents of its machines a little later than to us (up
+# to 0.3 s, measured). It says so before anything went to the guest, so the command can be repeated.
+_NOT_YET = "agent is not connected"
+_NEW = 5.0  # seconds for that
 _POLL = (0.003, 0.05)  # seconds between looks at a running command: at first, at most
 
 # Kills a process and all that descend from it. The agent starts commands in its own process
@@ -70,37 +74,45 @@ class Agent:
 
         Raises:
             AgentError: no agent, no answer within `timeout` seconds, or a refusal.
+            ConnectionLostError: the connection to libvirt broke; it may have been done or not.
         """
         request: dict[str, object] = {"execute": name}
         if arguments:
             request["arguments"] = arguments
-        try:
-            reply = libvirt_qemu.qemuAgentCommand(self._domain.raw, json.dumps(request), timeout, 0)
-        except libvirt.libvirtError as error:
-            raise self._refused(name, str(error.get_error_message() or error)) from None
+        while True:
+            try:
+                return self._answer(name, json.dumps(request), timeout)
+            except AgentError as error:
+                is_new = self._domain.hypervisor.was_reopened_within(_NEW)
+                if not (is_new and _NOT_YET in error.why):
+                    error.cure = self._cure(name, error.why)
+                    raise
+            time.sleep(0.05)
+
+    def _answer(self, name: str, request: str, timeout: int) -> Any:
+        with self._domain.telling(f"the guest agent did not do {name}", AgentError):
+            reply = libvirt_qemu.qemuAgentCommand(self._domain.raw, request, timeout, 0)
         return json.loads(reply).get("return")
 
-    def _refused(self, name: str, why: str) -> AgentError:
-        cure = ""
+    @staticmethod
+    def _cure(name: str, why: str) -> str:
         if "has been disabled" in why or "has not been found" in why:
-            cure = (
+            return (
                 f"allow {name} in the guest: /etc/sysconfig/qemu-ga (BLACKLIST_RPC,"
                 " FILTER_RPC_ARGS)"
                 " or /etc/qemu/qemu-ga.conf (block-rpcs, allow-rpcs), then restart qemu-guest-agent"
             )
-        elif LOST in why:
-            cure = (
+        if LOST in why:
+            return (
                 "libvirt talks to it again after a revert, and when qemu-guest-agent is started"
                 " anew in the guest"
             )
-        elif "not connected" in why or "not configured" in why or "not responding" in why:
-            cure = (
+        if "not connected" in why or "not configured" in why or "not responding" in why:
+            return (
                 "is qemu-guest-agent installed and running in the guest, and does the machine have"
                 " the channel org.qemu.guest_agent.0?"
             )
-        return AgentError(
-            f"the guest agent did not do {name}", where=self._domain.where, why=why, cure=cure
-        )
+        return ""
 
     # processes
 

@@ -54,9 +54,11 @@ def console_tail(domain: Domain) -> Iterator[ConsoleTail]:
     log = domainxml.console_log(xml) if domain.hypervisor.is_local else None
     stream = None
     if log is None and domainxml.has_pty_console(xml):
-        stream = domain.hypervisor.connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
         try:
-            domain.raw.openConsole(
+            raw = domain.raw
+            connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
+            stream = connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
+            raw.openConsole(
                 None,  # type: ignore[arg-type] # the first console
                 stream,
                 libvirt.VIR_DOMAIN_CONSOLE_SAFE,

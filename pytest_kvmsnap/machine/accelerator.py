@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Literal
 
-from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor
 
 KVM = Path("/dev/kvm")
 DEADLINE = 5.0
@@ -63,9 +63,10 @@ def domain_type(hypervisor: Hypervisor) -> Literal["kvm", "qemu"]:
 
 def _emulator(hypervisor: Hypervisor) -> str | None:
     """Return the path of the emulator that libvirt would use with KVM, None without KVM."""
-    try:
+    told = None
+    with hypervisor.tolerating("cannot ask for the capabilities of the host"):
         told = hypervisor.connection.getDomainCapabilities(None, "x86_64", None, "kvm")
-    except libvirt.libvirtError:
+    if told is None:
         return None
     return ET.fromstring(told).findtext("path")
 

@@ -12,7 +12,7 @@ from pytest_kvmsnap.machine.accelerator import domain_type
 from pytest_kvmsnap.machine.clonexml import Parts
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import DiskSource
-from pytest_kvmsnap.machine.libvirt_api import libvirt, telling
+from pytest_kvmsnap.machine.libvirt_api import libvirt
 
 
 def definition(golden: Golden, domain_type: str, parts: Parts) -> str:
@@ -62,7 +62,8 @@ def make(domain: Domain, golden: Golden, base: Path, folder: Path) -> None:
             why=error.why if isinstance(error, ImageError) else str(error),
             cure="was the image or the template changed or removed while the tests ran?",
         ) from None
-    with telling("cannot define a throwaway machine on the golden image", where):
+    hypervisor = domain.hypervisor
+    with hypervisor.telling("cannot define a throwaway machine on the golden image", where):
         domain.hypervisor.define(xml)
 
 
@@ -90,16 +91,15 @@ def discard(domain: Domain, folder: Path) -> None:
     Raises:
         MachineError: it cannot be removed.
     """
-    raw = domain.hypervisor.lookup(domain.uuid)
-    if raw is not None:
+    if domain.hypervisor.lookup(domain.uuid) is not None:
         domain.destroy()
         flags = (
             libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
             | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
             | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
         )
-        with telling("cannot remove a throwaway machine", domain.where):
-            raw.undefineFlags(flags)
+        with domain.telling("cannot remove a throwaway machine"):
+            domain.raw.undefineFlags(flags)
     remove_folder(folder)
 
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pytest_kvmsnap.errors import MachineError, RevertError, SnapshotError
+from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domainxml import Snapshot
-from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, libvirt_qemu, telling
+from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, libvirt_qemu
 
 STATES = {
     libvirt.VIR_DOMAIN_NOSTATE: "no state",
@@ -24,10 +24,19 @@ STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 
+_NAMELESS = "name in virGetDomainSnapshot must not be NULL"
+"""What libvirt says when it is to list a snapshot that is only just being taken."""
+_LISTING = 30.0
+"""Seconds that somebody may take for that."""
+
 UNMIGRATABLE = (
     "remove the device that it names; a folder that is shared by 9p, unmount in the guest; or have"
     " the machine off, and give --kvmsnap-live=no"
 )
+
+
+class _NotDestroyedError(MachineError):
+    """libvirt says that it did not pull the plug."""
 
 
 class Fingerprint(NamedTuple):
@@ -48,6 +57,15 @@ class Domain:
         self.name = name
         self.where = f"{name} at {hypervisor.uri}"
 
+    def telling(
+        self, what: str, kind: type[KvmsnapError] = MachineError
+    ) -> contextlib.AbstractContextManager[None]:
+        """Turn libvirt's errors into ours, as `Hypervisor.telling` does."""
+        return self.hypervisor.telling(what, self.where, kind)
+
+    def _tolerating(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return self.hypervisor.tolerating(what, self.where)
+
     @property
     def raw(self) -> libvirt.virDomain:
         """libvirt's own object, looked up afresh.
@@ -64,13 +82,19 @@ class Domain:
             )
         return domain
 
+    def is_defined(self) -> bool:
+        """Tell whether it is there, with a persistent definition."""
+        with self.telling("cannot look for the definition"):
+            raw = self.hypervisor.lookup(self.uuid)
+            return raw is not None and bool(raw.isPersistent())
+
     def state(self) -> str:
         """Return the state in virsh's words."""
-        with telling("cannot read the state", self.where):
+        with self.telling("cannot read the state"):
             return _state_of(self.raw)
 
     def is_active(self) -> bool:
-        with telling("cannot read the state", self.where):
+        with self.telling("cannot read the state"):
             return bool(self.raw.isActive())
 
     def xml(self, *, inactive: bool = False) -> str:
@@ -78,7 +102,7 @@ class Domain:
         flags = libvirt.VIR_DOMAIN_XML_SECURE
         if inactive:
             flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
-        with telling("cannot read the definition", self.where):
+        with self.telling("cannot read the definition"):
             return self.raw.XMLDesc(flags)
 
     def disks(self, *, inactive: bool = False) -> list[domainxml.DiskSource]:
@@ -86,7 +110,7 @@ class Domain:
         return domainxml.disks(self.xml(inactive=inactive), default)
 
     def fingerprint(self) -> Fingerprint:
-        with telling("cannot read the state", self.where):
+        with self.telling("cannot read the state"):
             raw = self.raw
             definition = raw.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
             return Fingerprint(
@@ -99,11 +123,11 @@ class Domain:
     # power
 
     def start(self) -> None:
-        with telling("cannot start the machine", self.where):
+        with self.telling("cannot start the machine"):
             self.raw.create()
 
     def resume(self) -> None:
-        with telling("cannot resume the machine", self.where):
+        with self.telling("cannot resume the machine"):
             self.raw.resume()
 
     def destroy(self) -> None:
@@ -113,14 +137,13 @@ class Domain:
         reconnected to a QEMU whose client had been killed), so the state decides.
         """
         try:
-            self.raw.destroy()
-        except libvirt.libvirtError as error:
+            with self.telling("cannot destroy the machine", _NotDestroyedError):
+                self.raw.destroy()
+        except _NotDestroyedError:
             end = time.monotonic() + 10
             while self.is_active():
                 if time.monotonic() > end:
-                    raise MachineError(
-                        "cannot destroy the machine", where=self.where, why=str(error)
-                    ) from None
+                    raise
                 time.sleep(0.1)
 
     def shutdown(self, timeout: float) -> None:
@@ -129,7 +152,7 @@ class Domain:
         Raises:
             MachineError: it was not off within `timeout` seconds.
         """
-        with telling("cannot shut the machine down", self.where):
+        with self.telling("cannot shut the machine down"):
             self.raw.shutdown()
         self._wait_until(lambda: not self.is_active(), "it did not shut down", timeout)
 
@@ -141,17 +164,25 @@ class Domain:
         """
         flags = libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT if by_agent else 0
         booted = threading.Event()
-        connection = self.hypervisor.connection
-        with telling("cannot reboot the machine", self.where):
+        what = "cannot reboot the machine"
+        with self.telling(what):
             raw = self.raw
+            connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
             watch = connection.domainEventRegisterAny(
                 raw, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, lambda *_: booted.set(), None
             )
             try:
                 raw.reboot(flags)
-                self._wait_until(booted.is_set, "it did not reboot", timeout)
+                self._wait_until(
+                    lambda: booted.is_set() or not connection.isAlive(),
+                    "it did not reboot",
+                    timeout,
+                )
             finally:
-                connection.domainEventDeregisterAny(watch)
+                with contextlib.suppress(libvirt.libvirtError):  # it went with the connection
+                    connection.domainEventDeregisterAny(watch)
+        if not booted.is_set():
+            raise self.hypervisor.lost(what, self.where, "libvirt did not tell that it rebooted")
 
     def _wait_until(self, done: Callable[[], bool], failure: str, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -163,25 +194,25 @@ class Domain:
     # persistence
 
     def autostart(self) -> bool:
-        with telling("cannot read the autostart flag", self.where):
+        with self.telling("cannot read the autostart flag"):
             return bool(self.raw.autostart())
 
     def set_autostart(self, wanted: bool) -> None:
         if self.autostart() != wanted:
-            with telling("cannot set the autostart flag", self.where):
+            with self.telling("cannot set the autostart flag"):
                 self.raw.setAutostart(wanted)
 
     def has_managed_save(self) -> bool:
-        with telling("cannot look for a managed save", self.where):
+        with self.telling("cannot look for a managed save"):
             return bool(self.raw.hasManagedSaveImage())
 
     def remove_managed_save(self) -> None:
-        with telling("cannot remove the managed save", self.where):
+        with self.telling("cannot remove the managed save"):
             self.raw.managedSaveRemove()
 
     def restore_name(self) -> None:
         """Undo a rename, which a revert does not; libvirt renames only machines that are off."""
-        with telling("cannot give the machine its name back", self.where):
+        with self.telling("cannot give the machine its name back"):
             if self.raw.name() != self.name:
                 self.destroy()
                 self.raw.rename(self.name)
@@ -190,20 +221,28 @@ class Domain:
 
     def snapshots(self) -> list[Snapshot]:
         """Return the snapshots, parents before children."""
-        with telling("cannot list the snapshots", self.where):
-            listed = self.raw.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)
-            return [domainxml.snapshot(snapshot.getXMLDesc()) for snapshot in listed]
+        with self.telling("cannot list the snapshots"):
+            return [domainxml.snapshot(s.getXMLDesc()) for s in self._listed_snapshots()]
 
     def snapshot_xmls(self) -> dict[str, str]:
         """Return the XML of all snapshots by name, parents before children."""
-        with telling("cannot list the snapshots", self.where):
-            flags = libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL
-            listed = self.raw.listAllSnapshots(flags)
+        with self.telling("cannot list the snapshots"):
             secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
-            return {s.getName(): s.getXMLDesc(secure) for s in listed}
+            return {s.getName(): s.getXMLDesc(secure) for s in self._listed_snapshots()}
+
+    def _listed_snapshots(self) -> list[libvirt.virDomainSnapshot]:
+        """List them; libvirt cannot while somebody is just taking one (seen on 9.0)."""
+        end = time.monotonic() + _LISTING
+        while True:
+            try:
+                return self.raw.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)
+            except libvirt.libvirtError as error:
+                if _NAMELESS not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
 
     def current(self) -> str | None:
-        with telling("cannot read the current snapshot", self.where):
+        with self.telling("cannot read the current snapshot"):
             return _current_name(self.raw)
 
     def take_snapshot(self, name: str, description: str) -> Snapshot:
@@ -212,7 +251,7 @@ class Domain:
         request = domainxml.snapshot_request(name, description, targets)
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         try:
-            with telling(f"cannot take the snapshot {name!r}", self.where, SnapshotError):
+            with self.telling(f"cannot take the snapshot {name!r}", SnapshotError):
                 taken = self.raw.snapshotCreateXML(request, flags)
                 return domainxml.snapshot(taken.getXMLDesc())
         except SnapshotError as error:
@@ -221,15 +260,21 @@ class Domain:
             raise
 
     def delete_snapshot(self, name: str) -> None:
-        with telling(f"cannot delete the snapshot {name!r}", self.where, SnapshotError):
+        with self.telling(f"cannot delete the snapshot {name!r}", SnapshotError):
             self.raw.snapshotLookupByName(name).delete(0)
+
+    def forget_snapshot(self, name: str) -> None:
+        """Delete only what libvirt knows of a snapshot; what the images hold stays."""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
+        with self.telling(f"cannot forget the snapshot {name!r}", SnapshotError):
+            self.raw.snapshotLookupByName(name).delete(flags)
 
     def redefine_snapshot(self, xml: str, *, current: bool) -> None:
         """Give libvirt back the metadata of a snapshot whose data is in the image."""
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
         if current:
             flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-        with telling("cannot redefine a snapshot", self.where, SnapshotError):
+        with self.telling("cannot redefine a snapshot", SnapshotError):
             self.raw.snapshotCreateXML(xml, flags)
 
     def revert(self, name: str, timeout: float) -> None:
@@ -244,10 +289,10 @@ class Domain:
         what = f"cannot revert to the snapshot {name!r}"
 
         def force() -> None:
-            with telling(what, self.where, RevertError):
-                snapshot = self.raw.snapshotLookupByName(name)
-                flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
-                self.raw.revertToSnapshot(snapshot, flags)
+            with self.telling(what, RevertError):
+                raw = self.raw
+                snapshot = raw.snapshotLookupByName(name)
+                raw.revertToSnapshot(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE)
 
         call = _Call(force)
         if not call.ended_within(timeout):
@@ -269,29 +314,34 @@ class Domain:
         Such a job shows in the one or the other of two calls (seen on 9.0), and the second waits
         for some: for 30 s at most, and then that is the answer.
         """
-        raw = self.raw
-        try:
+        jobs = (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
+        with self._tolerating("cannot look for a job"):  # a driver without jobs, or it is off now
+            raw = self.raw
             control: Any = raw.controlInfo()  # the binding's annotation is wrong, twice
             if control[0] == libvirt.VIR_DOMAIN_CONTROL_JOB:
                 return True
-            job: Any = raw.jobInfo()
-            return job[0] in (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
-        except libvirt.libvirtError as error:  # else a driver without jobs, or it just went off
-            return error.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+            try:
+                job: Any = raw.jobInfo()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                    raise
+                return True
+            return job[0] in jobs
+        return False
 
     def block_jobs(self, disks: list[domainxml.DiskSource]) -> list[str]:
         """Return which disks of a running machine are just being copied, by their targets."""
-        raw, found = self.raw, []
+        found = []
         for disk in disks:
-            with contextlib.suppress(libvirt.libvirtError):  # a driver without block jobs has none
-                if raw.blockJobInfo(disk.target):
+            with self._tolerating("cannot look for block jobs"):  # a driver without them has none
+                if self.raw.blockJobInfo(disk.target):
                     found.append(disk.target)
         return found
 
     def end_block_jobs(self) -> None:
         """Abort the block jobs of a running machine: they make a revert fail (libvirt error 55)."""
         for target in self.block_jobs(self.disks()) if self.is_active() else ():
-            with contextlib.suppress(libvirt.libvirtError):  # it ended meanwhile
+            with self._tolerating("cannot end a block job"):  # it ended meanwhile
                 self.raw.blockJobAbort(target)
 
     def migration_blockers(self) -> list[str]:
@@ -300,7 +350,7 @@ class Domain:
         libvirt logs the taint "custom-monitor" for it. It asks the same itself, but only when the
         snapshot is to be taken.
         """
-        with telling("cannot ask QEMU what it can save", self.where):
+        with self.telling("cannot ask QEMU what it can save"):
             told = libvirt_qemu.qemuMonitorCommand(self.raw, '{"execute": "query-migrate"}', 0)
         reasons: list[str] = json.loads(told).get("return", {}).get("blocked-reasons", [])
         return reasons
@@ -312,7 +362,7 @@ class Domain:
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
         ):
-            with contextlib.suppress(libvirt.libvirtError):
+            with self._tolerating("cannot ask for the addresses"):
                 interfaces: dict[str, Any] = self.raw.interfaceAddresses(source)  # type: ignore[assignment]
                 told = [each["addrs"] or () for each in interfaces.values()]
                 found = [address["addr"] for addresses in told for address in addresses]
@@ -322,7 +372,7 @@ class Domain:
 
     def memory_in_use(self) -> int:
         """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
-        with contextlib.suppress(libvirt.libvirtError):
+        with self._tolerating("cannot ask how much memory is in use"):
             statistics: dict[str, int] = self.raw.memoryStats()  # type: ignore[assignment]
             resident = statistics.get("rss")
             if resident:

@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-from pytest_kvmsnap.errors import ImageError
+from pytest_kvmsnap.errors import ImageError, RevertError
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt
 
@@ -46,15 +46,17 @@ def is_suspicious(hypervisor: Hypervisor) -> bool:
 def _tried(hypervisor: Hypervisor, like: ET.Element) -> str | None:
     """Snapshot a paused machine without an operating system, and revert it."""
     with (
-        contextlib.suppress(OSError, ImageError, libvirt.libvirtError),
+        contextlib.suppress(OSError, ImageError),
+        hypervisor.tolerating("cannot try whether this libvirt can revert"),
         _tiny_image() as image,
         _paused(hypervisor, image, like) as domain,
     ):
         snapshot = domain.snapshotCreateXML("<domainsnapshot/>")
         try:
-            domain.revertToSnapshot(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE)
-        except libvirt.libvirtError as error:
-            return str(error.get_error_message() or error)
+            with hypervisor.telling("cannot revert", kind=RevertError):
+                domain.revertToSnapshot(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE)
+        except RevertError as error:
+            return error.why
     return None  # also when it did not get as far as the revert
 
 
