@@ -201,6 +201,21 @@ def snapshot_request(name: str, description: str, disk_targets: list[str]) -> st
     return ET.tostring(root, encoding="unicode")
 
 
+def known_again(name: str, description: str, created: int, domain_xml: str) -> str:
+    """Return the XML that has libvirt learn of an internal snapshot, which is in the images only.
+
+    It is enough to have it deleted, and says nothing of a memory: nobody should revert to it.
+    """
+    keep_prefixes(domain_xml)
+    root = ET.Element("domainsnapshot")
+    ET.SubElement(root, "name").text = name
+    ET.SubElement(root, "description").text = description
+    ET.SubElement(root, "state").text = "shutoff"
+    ET.SubElement(root, "creationTime").text = str(created)
+    root.append(ET.fromstring(domain_xml))
+    return ET.tostring(root, encoding="unicode")
+
+
 def snapshot(snapshot_xml: str) -> Snapshot:
     """Read a snapshot from libvirt's XML."""
     root = ET.fromstring(snapshot_xml)

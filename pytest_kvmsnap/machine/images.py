@@ -276,6 +276,17 @@ def create_overlay(path: Path, backing: Path, backing_format: str) -> None:
     _qemu_img("create", "-q", "-f", "qcow2", *base, _file(path), path=backing)
 
 
+def delete_snapshot(path: Path, name: str) -> None:
+    """Delete an internal snapshot from a qcow2 image on which no machine runs.
+
+    This command of qemu-img takes no format, so the image is described in full. What it is based on
+    is left out: that need not be opened.
+    """
+    file = {"driver": "file", "filename": str(path)}
+    image = json.dumps({"driver": "qcow2", "backing": None, "file": file})
+    _qemu_img("snapshot", "-d", name, f"json:{image}", path=path)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

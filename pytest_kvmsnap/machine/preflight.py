@@ -30,7 +30,7 @@ def problems(
     it is the live definition that counts, since that is what libvirt snapshots.
     """
     virsh, name = f"virsh -c {domain.hypervisor.uri}", domain.name
-    if not domain.raw.isPersistent():
+    if not domain.is_defined():
         transient = Blocker(
             "it is transient: libvirt keeps no definition of it to come back to",
             "define it: virsh dumpxml, then virsh define",
@@ -94,8 +94,9 @@ def _kept_blockers(domain: Domain, snapshots: Sequence[Snapshot], virsh: str) ->
                     f"its snapshot {snapshot.name!r} belongs to another run:"
                     f" {snapshot.description}",
                     "let that run end, or run pytest --kvmsnap-clean on its host; if it is dead for"
-                    f" good: {virsh} snapshot-revert {name} {snapshot.name} --force, then"
-                    " snapshot-delete",
+                    " good, here: pytest --kvmsnap-clean --kvmsnap-force --kvmsnap-uri"
+                    f" {domain.hypervisor.uri} --kvmsnap-domain {name} (by hand: {virsh}"
+                    f" snapshot-revert {name} {snapshot.name} --force, then snapshot-delete)",
                 )
             )
         elif not snapshot.internal:

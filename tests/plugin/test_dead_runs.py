@@ -16,7 +16,7 @@ import pytest
 from testdriver import URI, disk, node_file
 
 from pytest_kvmsnap.lab import restore
-from pytest_kvmsnap.lab.journal import Journal
+from pytest_kvmsnap.lab.journal import Journal, draft_of
 from pytest_kvmsnap.lab.lease import Lease
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.domain import Domain
@@ -129,6 +129,22 @@ def test_a_run_that_was_killed_before_it_did_anything(
     assert suite.left_over() == []
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_run_that_was_killed_while_it_saved_its_journal(
+    suite: "Suite", host: "Host", hypervisor: Hypervisor, next_one: str, is_first: bool
+) -> None:
+    host.define(state="running")
+    dead = DeadRun(suite, hypervisor)
+    draft_of(dead.journal.path).write_text("{")
+    words = ["kvmsnap: put box back as found (running)"]
+    if is_first:
+        dead.journal.path.unlink()
+        words = ["nothing to clean"] if next_one == "clean" else []
+    come_after(suite, next_one, *words)
+    assert host.look() == dead.found
+    assert suite.left_over() == []
+
+
 def test_a_domain_that_the_killed_test_had_undefined(
     suite: "Suite", host: "Host", hypervisor: Hypervisor
 ) -> None:
@@ -232,7 +248,7 @@ def held_elsewhere(lease: Lease) -> Iterator[None]:
 
 
 def test_nothing_to_clean(suite: "Suite") -> None:
-    come_after(suite, "clean", "kvmsnap: nothing to clean: no run left anything")
+    come_after(suite, "clean", "kvmsnap: nothing to clean: no run of this host left anything")
     assert suite.left_over() == []
 
 
@@ -307,6 +323,38 @@ def test_clean_with_an_unreachable_uri(suite: "Suite") -> None:
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "cannot connect to qemu+unix:///system" in result.stderr.str()
     assert "Traceback" not in result.stdout.str() + result.stderr.str()
+
+
+def test_the_journal_knows_the_snapshots_of_tests_before_they_are_taken(
+    suite: "Suite", host: "Host"
+) -> None:
+    """A kill may leave them in the image alone, where only their names tell whose they are."""
+    host.define(state="running")
+    suite.write(
+        f"""
+        import json, pathlib, pytest
+        from pytest_kvmsnap.machine.domain import Domain
+
+        def known():
+            (journal,) = pathlib.Path({str(suite.locks)!r}).glob("*.json")
+            return json.loads(journal.read_text())["by_tests"]
+
+        @pytest.fixture(scope="module")
+        def prepared(module_vm):
+            module_vm.domain.snapshotCreateXML("<domainsnapshot><name>raw</name></domainsnapshot>")
+
+        def test_names(prepared, vm, monkeypatch):
+            taken, take = [], Domain.take_snapshot
+            def taking(self, name, description):
+                assert known() == ["raw", *taken, name]
+                taken.append(name)
+                return take(self, name, description)
+            monkeypatch.setattr(Domain, "take_snapshot", taking)
+            vm.snapshot("mine")
+            vm.snapshot()
+        """
+    )
+    suite.run().assert_outcomes(passed=1)
 
 
 # killed for real, with a test driver that comes from a file

@@ -1,5 +1,7 @@
 """What goes wrong with real machines: each is one clear message, and nothing is lost."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -162,7 +164,9 @@ def test_fails_at_once(vm): pass
 # --- a run that is killed ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("found", "by"), [("shut off", "clean"), ("running", "next run")])
+@pytest.mark.parametrize(
+    ("found", "by"), [("shut off", "clean"), ("running", "next run"), ("running", "force")]
+)
 def test_killed_run_is_put_right(
     machine: Machine, suite: Suite, pytester: pytest.Pytester, found: str, by: str
 ) -> None:
@@ -181,6 +185,7 @@ def test_is_killed(vm):
     )
     suite.run_until(sign, f"--kvmsnap-domain={machine.name}")
     assert machine.snapshots != []
+    theirs = part(machine, suite, found) if by != "force" else []
     suite.write(
         """
 def test_is_clean(vm):
@@ -188,17 +193,43 @@ def test_is_clean(vm):
     assert len([s for s in vm.snapshots() if s.name == "of-the-test"]) == 0
 """
     )
-    arguments = ["--kvmsnap-clean"] if by == "clean" else [f"--kvmsnap-domain={machine.name}"]
+    arguments, which = {
+        "clean": (["--kvmsnap-clean"], "test_is_killed"),
+        "force": (["--kvmsnap-clean", "--kvmsnap-force"], "left by pytest-kvmsnap run"),
+        "next run": ([f"--kvmsnap-domain={machine.name}"], "test_is_killed"),
+    }[by]
+    if by == "force":  # as another host sees it, which does not have the journal
+        (journal,) = suite.locks.glob("*.json")
+        journal.unlink()
     result = suite.run(*arguments)
-    result.stdout.fnmatch_lines(
-        [f"kvmsnap: put {machine.name} back as found ({found})*test_is_killed*"]
-    )
+    result.stdout.fnmatch_lines([f"kvmsnap: put {machine.name} back as found ({found})*{which}*"])
     if by == "next run":
         result.assert_outcomes(passed=1)
     assert result.ret == 0
     assert (machine.state, machine.snapshots) == (found, [])
     assert list(suite.locks.iterdir()) == []
     if found == "running":
-        assert machine.start("ls /run/made*; cat /opt/abc") == "/run/made-before-the-run\n123\n"
-    else:
-        assert machine.image_snapshots() == []
+        look = "ls /run/made* /var/tmp/*.canary; cat /opt/abc"
+        assert machine.start(look) == "/run/made-before-the-run\n123\n"
+    assert machine.image_snapshots() == theirs
+
+
+def part(machine: Machine, suite: Suite, found: str) -> list[str]:
+    """Part snapshots of a killed run, as kills do now and then: what libvirt knows and their data.
+
+    Returns what somebody put into the image himself.
+    """
+    if found == "running":  # it still runs, and nobody but QEMU writes to the image
+        machine.virsh("snapshot-delete", "of-the-test", "--metadata")
+        assert "of-the-test" in machine.image_snapshots()
+        return []
+    machine.destroy()
+    (journal,) = suite.locks.glob("*.json")
+    run = json.loads(journal.read_text())["run"]
+    for change, name in (
+        ("-c", "theirs"),
+        ("-c", f"kvmsnap-x-{run}"),
+        ("-d", f"kvmsnap-base-{run}"),
+    ):
+        subprocess.run(["qemu-img", "snapshot", change, name, machine.disk], check=True)
+    return ["theirs"]

@@ -18,6 +18,7 @@ def full(path: Path) -> Journal:
     journal.found = Found("running", True, "one", "<domain>ü</domain>", {"one": "<s/>", "two": ""})
     journal.found_snapshot = "kvmsnap-found-1234"
     journal.taken = {"kvmsnap-found-1234": "<a/>", "kvmsnap-base-1234": ""}
+    journal.by_tests = ["of a test", "kvmsnap-test-1-1"]
     journal.planted = True
     journal.conversions = [
         Conversion("vda", Path("/a b.raw"), Path("/a b.qcow2"), Path("/.a b.qcow2.tmp"))
@@ -95,6 +96,46 @@ def test_a_journal_that_cannot_be_written_stays_as_it_was(
         journal.save()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_a_kill_left_of_a_save_is_replaced_and_not_written_to(
+    path: Path, is_link: bool
+) -> None:
+    draft, other = journals.draft_of(path), path.with_name("precious")
+    other.write_text("precious")
+    other.chmod(0o644)
+    draft.symlink_to(other) if is_link else draft.hardlink_to(other)
+    full(path).save()
+    assert other.read_text() == "precious"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, "precious"]
+
+
+def test_a_killed_save_leaves_one_private_file_that_is_found_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As good as killed: nothing is done after the writing, and no one cleans up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: None)
+        full(path).save()
+        full(path).save()
+    (draft,) = path.parent.iterdir()
+    assert draft == journals.draft_of(path)
+    assert draft.stat().st_mode & 0o777 == 0o600
+    assert journals.places_in(path.parent) == [path]
+    assert journals.load(path) is None
+    full(path).remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_draft_that_cannot_be_replaced_is_told(path: Path) -> None:
+    journals.draft_of(path).mkdir()
+    with pytest.raises(LeaseError, match="cannot write down what this run must undo") as caught:
+        full(path).save()
+    assert caught.value.where == f"{path}.draft"
+    assert "--kvmsnap-lock-dir" in caught.value.cure
+    full(path).remove()  # no error of its own
 
 
 def test_removing_it_twice_is_no_error(path: Path) -> None:
