@@ -1,7 +1,7 @@
 """The markers as typed functions, and the `Request` that markers and options come to."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -10,17 +10,16 @@ import pytest
 
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.golden import Golden, NamedFile, format_of
+from pytest_kvmsnap.pools import Pool, domain_or_pool
 from pytest_kvmsnap.settings import Settings
 from pytest_kvmsnap.sizes import parse_size
 from pytest_kvmsnap.usage import closure_of, is_ours
 
 
 def kvm_domain(*names: str) -> None:
-    """Run on this libvirt domain."""
-    if len(names) != 1:
-        raise TypeError(
-            "several domains (a pool) are not supported yet" if names else "no domain is named"
-        )
+    """Run on this libvirt domain; several, or a pattern, are a pool: the first free one serves."""
+    if not names:
+        raise TypeError("no domain is named")
     _check_names(*names)
 
 
@@ -81,10 +80,10 @@ def _bytes(memory: object) -> int:
 class Request:
     """Which machine a test wants, and in which state: None stands for the machine's baseline.
 
-    The machine is a domain, by its name, or a throwaway one on a golden image.
+    The machine is a domain, by its name, any of a pool, or a throwaway one on a golden image.
     """
 
-    machine: str | Golden
+    machine: str | Pool | Golden
     snapshot: str | None = None
 
 
@@ -125,12 +124,16 @@ def request_of(item: pytest.Item, scope: str, settings: Settings) -> Request:
     domain, snapshot, golden = (_nearest(node, marker) for marker in MARKERS)
     if parameter is None and golden is not None and not _is_replaced(golden, domain, snapshot):
         return Request(_golden_of(golden, settings))
-    named = parameter or (domain.value if domain is not None else settings.domain)
+    named = settings.domain
+    if parameter is not None:
+        named = domain_or_pool([parameter])
+    elif domain is not None:
+        named = domain_or_pool(domain.values)
     if named is None and snapshot is None and settings.golden is not None:
         return Request(_golden_of_options(settings))
     if named is None:
         raise _unnamed(item, scope, snapshot)
-    return Request(named, snapshot.value if snapshot is not None else settings.snapshot)
+    return Request(named, snapshot.values[0] if snapshot is not None else settings.snapshot)
 
 
 def requests_of(
@@ -141,12 +144,31 @@ def requests_of(
     Raises:
         ConfigError: as `request_of`.
     """
-    narrowest: dict[str | Golden, tuple[Request, str]] = {}
+    narrowest: dict[str | Pool | Golden, tuple[Request, str]] = {}
     for scope in FIXTURES:
         if scope in scopes:
             request = request_of(item, scope, settings)
             narrowest.setdefault(request.machine, (request, scope))
     return dict(narrowest.values())
+
+
+def check_pools(requests: Sequence[Request], where: str) -> None:
+    """Refuse a pool beside a machine of it in one test: they may or may not be the same.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    machines = {request.machine for request in requests}
+    for pool in [machine for machine in machines if isinstance(machine, Pool)]:
+        for other in machines - {pool}:
+            names = other.names if isinstance(other, Pool) else [other]
+            if any(isinstance(name, str) and pool.has(name) for name in names):
+                raise ConfigError(
+                    f"this test asks for the pool {pool}, and for {other} beside it",
+                    where=where,
+                    why="a machine of the one may be the machine of the other",
+                    cure="name the same for all fixtures of a test, or other machines",
+                )
 
 
 def _is_replaced(golden: "_Marked", *others: "_Marked | None") -> bool:
@@ -204,7 +226,8 @@ def _golden(
 def _unnamed(item: pytest.Item, scope: str, snapshot: "_Marked | None") -> ConfigError:
     why = ""
     if snapshot is not None:
-        why = f"kvm_snapshot({snapshot.value!r}) is a snapshot of a domain, not of a golden image"
+        name = snapshot.values[0]
+        why = f"kvm_snapshot({name!r}) is a snapshot of a domain, not of a golden image"
     elif scope != "function" and (_nearest(item, kvm_domain) or _nearest(item, kvm_golden)):
         why = f"{FIXTURES[scope]} sees the markers of {_SEEN[scope]} only"
     return ConfigError(
@@ -249,10 +272,10 @@ class _Marked(NamedTuple):
     arguments: dict[str, Any]
 
     @property
-    def value(self) -> str:
-        """The name that it gives."""
+    def values(self) -> tuple[str, ...]:
+        """The names that it gives."""
         given = next(iter(self.arguments.values()))
-        return str(given[0] if isinstance(given, tuple) else given)
+        return given if isinstance(given, tuple) else (str(given),)
 
 
 def _nearest(node: pytest.Item | pytest.Collector, marker: Callable[..., None]) -> _Marked | None:

@@ -14,7 +14,8 @@ import pytest
 from pytest_kvmsnap import run
 from pytest_kvmsnap.errors import ConfigError, UsageProblem
 from pytest_kvmsnap.golden import Golden
-from pytest_kvmsnap.markers import Request, requests_of
+from pytest_kvmsnap.markers import Request, check_pools, requests_of
+from pytest_kvmsnap.pools import Pool
 from pytest_kvmsnap.preparations import prepared_by
 from pytest_kvmsnap.sizes import mib
 from pytest_kvmsnap.usage import closure_of, is_ours
@@ -109,6 +110,8 @@ def _add(outlook: "Outlook", plan: Plan) -> None:
 def _tests(item: pytest.Item, settings: "Settings") -> list[PlannedTest]:
     closure = closure_of(item)
     scopes = {definition.scope for definition in closure if is_ours(definition)}
+    requests = requests_of(item, scopes, settings)
+    check_pools(list(requests), item.nodeid)
     return [
         PlannedTest(
             item.nodeid,
@@ -119,7 +122,7 @@ def _tests(item: pytest.Item, settings: "Settings") -> list[PlannedTest]:
                 if request in prepared_by(item, definition, ours, settings)
             ),
         )
-        for request in requests_of(item, scopes, settings)
+        for request in requests
     ]
 
 
@@ -152,6 +155,8 @@ def as_table(plan: Plan) -> str:
 
 def _named(request: Request) -> str:
     machine = request.machine
+    if isinstance(machine, Pool):
+        return f"any of {machine}"
     return machine if isinstance(machine, str) else f"a new one on {machine}"
 
 
@@ -159,7 +164,7 @@ def _machine(request: Request) -> dict[str, str | None]:
     machine = request.machine
     if isinstance(machine, Golden):
         return {"domain": None, "golden": str(machine.image)}
-    return {"domain": machine, "golden": None}
+    return {"domain": str(machine), "golden": None}
 
 
 def as_json(plan: Plan) -> str:

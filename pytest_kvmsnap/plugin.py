@@ -42,6 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="undo what dead runs left on machines of this host, print it, run no test",
     )
     group.addoption(
+        "--kvmsnap-force",
+        action="store_true",
+        help="with --kvmsnap-clean: also undo what a run of another host or container left",
+    )
+    group.addoption(
         "--kvmsnap-plan",
         action="store_true",
         help="print for each test its machine, state and image, then what would be converted and"
@@ -66,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
     with _usage_errors():
         run.settings_without_hook(config)
+    if config.getoption("kvmsnap_force") and not config.getoption("kvmsnap_clean"):
+        raise pytest.UsageError("--kvmsnap-force goes with --kvmsnap-clean only")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -157,13 +164,14 @@ def _will_run(item: pytest.Item) -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Leave the machines as they were found, after the last fixture is torn down."""
-    is_well = run.close(session.config) and not plan.is_blocked(session.config)
+    config = session.config
+    is_well = run.close(config) and not plan.is_blocked(config) and not xdist.has_failed(config)
     if not is_well and session.exitstatus in (
         pytest.ExitCode.OK,
         pytest.ExitCode.NO_TESTS_COLLECTED,
     ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if xdist.handed_over(session.config):
+    if xdist.handed_over(config):
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 

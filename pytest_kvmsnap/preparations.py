@@ -53,9 +53,14 @@ def unset_on_error(definition: "Definition", request: pytest.FixtureRequest) -> 
         with run.told():
             yield
     except BaseException as error:
-        definition.cached_result = (None, definition.cache_key(request), (error, None))  # type: ignore[arg-type]
-        definition.finish(request)  # type: ignore[arg-type]
+        unset(definition, request, error)
         raise
+
+
+def unset(definition: "Definition", request: pytest.FixtureRequest, error: BaseException) -> None:
+    """Let the next test set up a fixture anew whose set-up ended with an error."""
+    definition.cached_result = (None, definition.cache_key(request), (error, None))  # type: ignore[arg-type]
+    definition.finish(request)  # type: ignore[arg-type]
 
 
 def made_for_others(fixture: str, where: str) -> ConfigError:

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_kvmsnap import settings, xdist
 from pytest_kvmsnap.errors import ConfigError, KvmsnapError, UsageProblem, merged
-from pytest_kvmsnap.markers import Request, request_of
+from pytest_kvmsnap.markers import Request, check_pools, request_of
 from pytest_kvmsnap.settings import OPTIONS, Settings
 from pytest_kvmsnap.usage import closure_of, is_ours
 
@@ -106,13 +106,21 @@ def write(config: pytest.Config, text: str) -> None:
 
 
 def voice(config: pytest.Config) -> "Voice":
-    """Return how the lab speaks: through pytest's terminal, past its capture."""
+    """Return how the lab speaks: through pytest's terminal, past its capture.
+
+    A worker of pytest-xdist has a terminal that nobody sees, but its standard error is shown.
+    """
     from pytest_kvmsnap.lab.voice import Voice
 
-    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    is_worker = xdist.is_worker(config)
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter") if not is_worker else None
 
     def line(text: str) -> None:
-        if terminal is not None:
+        if is_worker:
+            with _uncaptured(config):
+                sys.stderr.write(f"kvmsnap: {text}\n")
+                sys.stderr.flush()
+        elif terminal is not None:
             with _uncaptured(config):
                 terminal.ensure_newline()
                 terminal.write_line(f"kvmsnap: {text}")
@@ -142,22 +150,30 @@ def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
         UsageProblem: something stands in the way.
     """
     xdist.refuse_shared_root(config, settings_of(config))
-    requests = _requests_of(items, settings_of(config))
-    lab_of(config).check(requests)
+    wanted = _wanted_by(items, settings_of(config))
+    lab = lab_of(config)
+    if xdist.workers(config) > 1:
+        held = [request.machine for scope, request in wanted if scope == "session"]
+        lab.check_workers(held, xdist.workers(config))
+    lab.check(request for _, request in wanted)
 
 
-def _requests_of(items: Sequence[pytest.Item], run_settings: Settings) -> list[Request]:
+def _wanted_by(items: Sequence[pytest.Item], run_settings: Settings) -> list[tuple[str, Request]]:
+    """Return what our fixtures will ask for in these tests, with their scopes."""
     problems: dict[str, UsageProblem] = {}
-    requests = []
+    wanted: list[tuple[str, Request]] = []
     for item in items:
-        for definition in filter(is_ours, closure_of(item)):
+        of_item: list[Request] = []
+        for scope in [definition.scope for definition in closure_of(item) if is_ours(definition)]:
             try:
-                requests.append(request_of(item, definition.scope, run_settings))
+                of_item.append(request_of(item, scope, run_settings))
+                check_pools(of_item, item.nodeid)
+                wanted.append((scope, of_item[-1]))
             except ConfigError as problem:
                 problems.setdefault(str(problem), problem)
     if problems:
         raise merged(list(problems.values()))
-    return requests
+    return wanted
 
 
 def close(config: pytest.Config) -> bool:
@@ -168,9 +184,9 @@ def close(config: pytest.Config) -> bool:
     failures = lab.close()
     words = [*lab.grown, *_unproven_words(lab.unproven)]
     config.stash[_CLOSING] = [*words, *map(str, failures)]
-    if xdist.is_worker(config):  # it says the failures itself
-        xdist.hand_over_words(config, words)
-    if not config.pluginmanager.has_plugin("terminalreporter") or config.getoption("no_summary"):
+    if xdist.is_worker(config):
+        xdist.hand_over_words(config, config.stash[_CLOSING], failed=bool(failures))
+    elif not config.pluginmanager.has_plugin("terminalreporter") or config.getoption("no_summary"):
         _say(failures)
     return not failures
 
@@ -193,6 +209,6 @@ def clean(config: pytest.Config) -> int:
     """Undo what dead runs left; return the exit status."""
     lab = lab_of(config)
     try:
-        return 1 if lab.clean() else 0
+        return 1 if lab.clean(force=config.getoption("kvmsnap_force")) else 0
     finally:
         lab.close()

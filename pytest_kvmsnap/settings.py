@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.golden import NamedFile
+from pytest_kvmsnap.pools import Pool, domain_or_pool
 from pytest_kvmsnap.sizes import parse_size
 
 HOOK = "pytest_kvmsnap_lab"
@@ -44,11 +45,11 @@ def _folders(value: str, folder: Path) -> tuple[Path, ...]:
     return folders
 
 
-def _one_domain(value: str) -> str:
-    name = _text(value)
-    if re.search(r"[*?\[\n]", name):
-        raise ValueError("must be one domain's name: patterns and pools are not supported yet")
-    return name
+def _domains(value: str) -> str | Pool:
+    names = [line.strip() for line in value.splitlines() if line.strip()]
+    if not names:
+        raise ValueError("must not be empty")
+    return domain_or_pool(names)
 
 
 def _seconds(value: str) -> float:
@@ -59,6 +60,12 @@ def _seconds(value: str) -> float:
     if not 0 < seconds < float("inf"):
         raise ValueError("must be a number of seconds above 0")
     return seconds
+
+
+def _count(value: str) -> int:
+    if not value.strip().isdecimal() or int(value) < 1:
+        raise ValueError("must be a whole number above 0")
+    return int(value)
 
 
 def _yes_no(value: str) -> bool:
@@ -117,10 +124,11 @@ OPTIONS = (
     ),
     Option(
         "domain",
-        _one_domain,
+        _domains,
         None,
         "none",
-        "machine for tests without the marker kvm_domain",
+        "machine for tests without the marker kvm_domain; several, or a pattern such as 'web-*',"
+        " are a pool, of which the first free one serves",
         "NAME",
         may_repeat=True,
     ),
@@ -228,6 +236,14 @@ OPTIONS = (
         "DIR",
     ),
     Option(
+        "max-concurrent",
+        _count,
+        None,
+        "the number of cores there",
+        "reverts and boots at once on a host, across processes",
+        "NUMBER",
+    ),
+    Option(
         "growth-limit",
         parse_size,
         _GROWTH_LIMIT,
@@ -244,7 +260,7 @@ class Settings:
     """What the options came to, and where each value came from (`origins`, by field name)."""
 
     uri: str | None = None
-    domain: str | None = None
+    domain: str | Pool | None = None
     snapshot: str | None = None
     golden: NamedFile | None = None
     template: NamedFile | None = None
@@ -257,6 +273,7 @@ class Settings:
     revert_timeout: float = 300.0
     lock_timeout: float = 600.0
     lock_dir: Path | None = None
+    max_concurrent: int | None = None
     growth_limit: int = _GROWTH_LIMIT
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -369,12 +386,6 @@ def hook_values(returned: object) -> dict[str, object]:
 
 def _parsed(option: Option, origin: str, given: object, folder: Path) -> object:
     if isinstance(given, list | tuple):  # repeated on the command line, or by the hook
-        if option.name == "domain" and len(given) > 1:
-            raise ConfigError(
-                f"wrong value for {origin}",
-                why=f"{', '.join(map(repr, given))}: several (a pool) are not supported yet",
-                cure="name one domain, or mark tests with kvm_domain",
-            )
         given = "\n".join(map(str, given)) if option.may_repeat else given
     if isinstance(given, bool):
         given = "yes" if given else "no"

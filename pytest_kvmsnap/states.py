@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kvmsnap import run
+from pytest_kvmsnap.errors import ConnectionLostError
 from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
 from pytest_kvmsnap.preparations import (
     hidden,
     made_for_others,
     prepared_by,
     too_late,
+    unset,
     unset_on_error,
 )
 from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
@@ -29,6 +31,7 @@ from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
+    from pytest_kvmsnap.pools import Pool
     from pytest_kvmsnap.usage import Definition
     from pytest_kvmsnap.vm import VM
 
@@ -85,6 +88,11 @@ def _active(item: pytest.Item) -> "list[Definition]":
     return list(request._fixture_defs.values()) if request else []  # False after the test
 
 
+def _scopes_of(item: pytest.Item) -> set[str]:
+    """Return the scopes of our fixtures in a test."""
+    return {definition.scope for definition in closure_of(item) if is_ours(definition)}
+
+
 def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
     """Refuse a wide fixture that asks for ours by `getfixturevalue`: the next time nobody sees it.
 
@@ -111,7 +119,7 @@ class _Course:
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
-    entered: "dict[str | Golden, Savepoints]" = field(default_factory=dict)
+    entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
 
 
 class _States:
@@ -132,8 +140,10 @@ class _States:
         self._item = item
         item.stash[_COURSE] = _Course()
         with run.told():
-            run.lab_of(self._config).replace_failed_clones()
+            lab = run.lab_of(self._config)
+            lab.replace_failed()
             self._unmake_what_does_not_fit(item)
+            lab.prepare(self._by_machine(item, _scopes_of(item)), item.nodeid)
         result = yield
         with run.told():
             self._enter(item)
@@ -229,7 +239,7 @@ class _States:
         for definition in self._not_yet_asked_for(item):
             if definition.argname not in under_way:
                 item._request.getfixturevalue(definition.argname)  # type: ignore[attr-defined]
-        scopes = {definition.scope for definition in closure_of(item) if is_ours(definition)}
+        scopes = _scopes_of(item)
         wide = {self.request(item, scope).machine for scope in scopes - {"function"}}
         for request, scope in self._by_machine(item, scopes).items():
             if scope != "function":
@@ -370,9 +380,11 @@ class _States:
         before = _active(item)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             for wanted, state in above.items():
                 machines[wanted].give_up(state)
+            if isinstance(error, ConnectionLostError):  # which says nothing about the next try
+                unset(definition, request, error)
             raise
         finally:
             self._being_made.pop()

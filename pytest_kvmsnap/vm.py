@@ -38,6 +38,7 @@ class VM:
         revert_timeout: float,
         description: str,
         on_use: Callable[[], None] = lambda: None,
+        on_snapshot: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = domain.name
         self.uuid = domain.uuid
@@ -49,6 +50,7 @@ class VM:
         self._revert_timeout = revert_timeout
         self._description = description
         self._on_use = on_use
+        self._on_snapshot = on_snapshot
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} at {self.uri}>"
@@ -114,7 +116,9 @@ class VM:
                 where=self._domain.where,
                 why="libvirt's QEMU driver refuses names with / or with a dot at the start",
             )
-        return self._domain.take_snapshot(chosen, self._description)
+        domain = self._domain
+        self._on_snapshot(chosen)
+        return domain.take_snapshot(chosen, self._description)
 
     def snapshots(self) -> list[Snapshot]:
         """Return all snapshots of the machine."""

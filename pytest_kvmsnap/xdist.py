@@ -16,13 +16,21 @@ from pytest_kvmsnap.settings import HOOK, Settings
 
 _OUTPUT = "kvmsnap_problem"
 _WORDS = "kvmsnap_words"
+_FAILED = "kvmsnap_failed"
 _PROBLEMS = pytest.StashKey[list[str]]()
 _CLOSING = pytest.StashKey[list[str]]()
+_FAILURE = pytest.StashKey[bool]()
 
 
 def is_worker(config: pytest.Config) -> bool:
     """Tell whether this process is a worker of pytest-xdist."""
     return hasattr(config, "workerinput")
+
+
+def workers(config: pytest.Config) -> int:
+    """Return how many workers this run has; 1 without pytest-xdist."""
+    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    return count
 
 
 def stay_in_one_process(config: pytest.Config) -> None:
@@ -41,7 +49,7 @@ def refuse_shared_root(config: pytest.Config, settings: Settings) -> None:
     Raises:
         ConfigError: that is so.
     """
-    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    count = workers(config)
     uri = settings.uri or os.environ.get("LIBVIRT_DEFAULT_URI", "")
     is_of_hook = settings.origins.get("uri", "").endswith(HOOK)
     if count > 1 and urlsplit(uri).path == "/embed" and not is_of_hook:
@@ -59,9 +67,10 @@ def hand_over(session: pytest.Session, problem: str) -> None:
     session.items.clear()
 
 
-def hand_over_words(config: pytest.Config, words: list[str]) -> None:
-    """In a worker: let the controller say at the end of the run what was said here."""
+def hand_over_words(config: pytest.Config, words: list[str], *, failed: bool) -> None:
+    """In a worker: let the controller say this at the end of the run, and fail where we did."""
     _output(config)[_WORDS] = words
+    _output(config)[_FAILED] = failed
 
 
 def _output(config: pytest.Config) -> dict[str, Any]:
@@ -77,6 +86,8 @@ def take_over(node: Any) -> None:
     if problem is not None and problem not in problems:
         problems.append(problem)
     node.config.stash.setdefault(_CLOSING, []).extend(output.get(_WORDS, []))
+    if output.get(_FAILED):
+        node.config.stash[_FAILURE] = True
 
 
 def handed_over(config: pytest.Config) -> list[str]:
@@ -87,3 +98,8 @@ def handed_over(config: pytest.Config) -> list[str]:
 def words_of_workers(config: pytest.Config) -> list[str]:
     """In the controller: return what the workers would say at the end of the run."""
     return config.stash.get(_CLOSING, [])
+
+
+def has_failed(config: pytest.Config) -> bool:
+    """In the controller: tell whether a worker could not leave its machines as they were found."""
+    return config.stash.get(_FAILURE, False)

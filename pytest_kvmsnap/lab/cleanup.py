@@ -34,7 +34,10 @@ def work_off(domain: Domain, lease: Lease, settings: Settings, tell: Callable[[s
     done = f"put {domain.name} back as found{state}"
     if journal.clone is not None:
         done = f"removed the throwaway machine {domain.name}"
-    tell(f"{done}: a run ended without doing so ({journal.owner()})")
+    why = "a run ended without doing so"
+    if journal.clean is not None:
+        why = "a worker had left it clean for another one of its run"
+    tell(f"{done}: {why} ({journal.owner()})")
 
 
 def remove_dead_clones(
@@ -45,7 +48,7 @@ def remove_dead_clones(
     What cannot be removed is told, and no reason not to go on.
     """
     for path in sorted(folder.glob("*.json")):
-        lease = Lease.beside(path)
+        lease = Lease(path)
         try:
             journal = journals.load(path)
             if journal is None or journal.clone is None or journal.uri != hypervisor.uri:
@@ -71,8 +74,8 @@ def clean(
     hypervisors = {connected.uri: connected} if connected is not None else {}
     failures = seen = 0
     try:
-        for path in sorted(path for folder in folders for path in folder.glob("*.json")):
-            seen += 1
+        for path in (path for folder in folders for path in journals.places_in(folder)):
+            seen += path.exists()
             try:
                 _clean_one(path, hypervisors, settings, tell)
             except KvmsnapError as error:
@@ -83,7 +86,7 @@ def clean(
             if hypervisor is not connected:
                 hypervisor.close()
     if not seen:
-        tell("nothing to clean: no run left anything")
+        tell("nothing to clean: no run of this host left anything")
     return failures
 
 
@@ -93,7 +96,7 @@ def _clean_one(
     settings: Settings,
     tell: Callable[[str], None],
 ) -> None:
-    lease = Lease.beside(path)
+    lease = Lease(path)
     if not lease.try_take():
         journal = journals.load(path)
         if journal is not None:
@@ -102,6 +105,7 @@ def _clean_one(
     try:
         journal = journals.load(path)
         if journal is None:
+            journals.remove_draft(path)
             return
         domain = _domain_of(journal, hypervisors)
         if domain is None:

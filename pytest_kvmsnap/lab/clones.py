@@ -11,14 +11,13 @@ from pytest_kvmsnap.errors import KvmsnapError, QuarantinedError, UsageProblem
 from pytest_kvmsnap.golden import Golden
 from pytest_kvmsnap.lab import goldens, restore
 from pytest_kvmsnap.lab.journal import Journal
-from pytest_kvmsnap.lab.lease import Lease, folder_for
+from pytest_kvmsnap.lab.lease import Lease
 from pytest_kvmsnap.lab.machine import Machine
 from pytest_kvmsnap.lab.outlook import PlannedConversion
-from pytest_kvmsnap.lab.voice import Voice
+from pytest_kvmsnap.lab.site import Site
 from pytest_kvmsnap.machine import clone, goldencheck, images, store
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor
-from pytest_kvmsnap.settings import Settings
 
 _TRIES = 2  # machines that may fail in their first boot, before the image is to blame
 
@@ -26,10 +25,11 @@ _TRIES = 2  # machines that may fail in their first boot, before the image is to
 class Clones:
     """The throwaway machines of one process."""
 
-    def __init__(self, settings: Settings, voice: Voice, run: str) -> None:
-        self._settings = settings
-        self._voice = voice
-        self._run = run
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._settings = site.settings
+        self._voice = site.voice
+        self._run = site.run
         self._numbers = itertools.count(1)
         self._stillborn: dict[Golden, list[KvmsnapError]] = {}
 
@@ -65,7 +65,7 @@ class Clones:
         timeout = self._settings.lock_timeout
         return goldens.as_qcow2(golden.image, self._run, timeout, voice.line, voice.progress)
 
-    def make(self, golden: Golden, hypervisor: Hypervisor) -> tuple[Machine, Lease]:
+    def make(self, golden: Golden) -> tuple[Machine, Lease]:
         """Make a new machine, which is off.
 
         Raises:
@@ -80,16 +80,16 @@ class Clones:
                 where=str(golden.image),
                 why=str(stillborn[0]),
             )
-        domain = Domain(hypervisor, str(uuid.uuid4()), self._name(golden))
-        settings = self._settings
-        lease = Lease.of(domain, folder_for(hypervisor.uri, settings.lock_dir))
-        lease.take(domain.where, settings.lock_timeout, self._voice.line)
-        journal = Journal(lease.journal_path, self._run, hypervisor.uri, domain.name, domain.uuid)
+        site = self._site
+        domain = Domain(site.hypervisor, str(uuid.uuid4()), self._name(golden))
+        lease = site.lease(domain)
+        lease.take(domain.where, site.settings.lock_timeout, site.voice.line)
+        journal = site.journal(domain, lease)
         journal.clone = store.folder("clones") / domain.name
         with _undone_if_it_fails(domain, journal, lease):
             journal.save()
             clone.make(domain, golden, self.base(golden), journal.clone)
-            return Machine(domain, journal, settings), lease
+            return Machine(domain, journal, site.settings, site.slots), lease
 
     def _name(self, golden: Golden) -> str:
         label = re.sub(r"[^\w-]", "-", golden.image.stem, flags=re.ASCII)[:40]

@@ -6,7 +6,6 @@ import getpass
 import json
 import os
 import socket
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pytest_kvmsnap.errors import LeaseError
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.preflight import OURS
 
-_VERSION = 1
+_VERSION = 2
 
 
 def testrun() -> str:
@@ -39,13 +38,31 @@ class Found:
 
 
 @dataclass
+class Clean:
+    """A machine as a worker of pytest-xdist left it for the next worker of the same run.
+
+    `snapshot` is the one that it stands at, proven, `fingerprint` how it looks from outside there,
+    and `baseline` the snapshot that tests start from. `made_by` are the settings that it depends
+    on.
+    """
+
+    snapshot: str
+    fingerprint: list[Any]
+    baseline: str | None
+    made_by: list[Any]
+
+
+@dataclass
 class Journal:
     """One run on one machine.
 
     `found_snapshot` is the one that the machine goes back to at the end. `taken` are the snapshots
-    of this run, oldest first, with their XML, which is empty until they stand. `planted` tells
-    that the canary's block was put on the disk of a machine that was found running. `clone` is the
-    folder of a throwaway machine, which is removed rather than put back.
+    of this run, oldest first, with their XML, which is empty until they stand. `by_tests` are the
+    names that tests gave to snapshots, noted before these are taken. `planted` tells that the
+    canary's block was put on the disk of a machine that was found running. `clone` is the folder of
+    a throwaway machine, which is removed rather than put back. `waits_for` are the
+    journals' names of the machines that the run waits for while it keeps this one, and `clean`
+    tells that it was left for another worker.
     """
 
     path: Path
@@ -62,9 +79,12 @@ class Journal:
     found: Found | None = None
     found_snapshot: str | None = None
     taken: dict[str, str] = field(default_factory=dict)
+    by_tests: list[str] = field(default_factory=list)
     planted: bool = False
     conversions: list[Conversion] = field(default_factory=list)
     clone: Path | None = None
+    waits_for: list[str] = field(default_factory=list)
+    clean: Clean | None = None
 
     def owner(self) -> str:
         """Return who it is, for people."""
@@ -76,24 +96,69 @@ class Journal:
         """Return what stands in the description of every snapshot of this run."""
         return f"{OURS}{self.run} on {self.host}, pid {self.pid}"
 
+    def is_of_run(self, description: str) -> bool:
+        """Tell whether a snapshot is one of this run, by its description.
+
+        The pid there is another one where another worker of the run took the machine over.
+        """
+        return description.startswith(f"{OURS}{self.run} ")
+
     def save(self) -> None:
-        """Write it whole or not at all, readable by the owner alone: it holds definitions."""
+        """Write it whole or not at all, readable by the owner alone: it holds definitions.
+
+        Raises:
+            LeaseError: somebody else keeps the place of its draft.
+        """
         content = dataclasses.asdict(self) | {"version": _VERSION}
         del content["path"]
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".journal-")
+        draft = draft_of(self.path)
         try:
-            with os.fdopen(handle, "w") as file:
+            with os.fdopen(_new(draft), "w") as file:
                 json.dump(content, file, default=str)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).replace(self.path)
+            draft.replace(self.path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
+            remove_draft(self.path)
             raise
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        remove_draft(self.path)
+
+
+def draft_of(path: Path) -> Path:
+    """Return where a journal is written before it takes its place.
+
+    It is one name, so that the next one who holds the lease finds what a kill left there.
+    """
+    return path.with_name(f"{path.name}.draft")
+
+
+def places_in(folder: Path) -> list[Path]:
+    """Return where journals of a folder are, or would be if a kill had not left a draft alone."""
+    drafts = (path.with_suffix("") for path in folder.glob("*.json.draft"))
+    return sorted({*folder.glob("*.json"), *drafts})
+
+
+def remove_draft(path: Path) -> None:
+    """Remove what a run that was killed while it saved this journal left beside it."""
+    with contextlib.suppress(OSError):  # another user's, which `save` tells
+        draft_of(path).unlink()
+
+
+def _new(draft: Path) -> int:
+    """Open a new private file; nothing that stood in its place, and no link, is written to."""
+    try:
+        draft.unlink(missing_ok=True)
+        return os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise LeaseError(
+            "cannot write down what this run must undo",
+            where=str(draft),
+            why=error.strerror or str(error),
+            cure="remove what is there, or give another folder with --kvmsnap-lock-dir",
+        ) from None
 
 
 def load(path: Path) -> Journal | None:
@@ -132,6 +197,8 @@ def _read(path: Path, content: Any) -> Journal:
         Conversion(c["target"], *(Path(c[key]) for key in ("raw", "qcow2", "temporary")))
         for c in content["conversions"]
     ]
+    if content["clean"] is not None:
+        content["clean"] = Clean(**content["clean"])
     if content["clone"] is not None:
         content["clone"] = Path(content["clone"])
     return Journal(path=path, **content)

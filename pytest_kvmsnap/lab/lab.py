@@ -1,30 +1,36 @@
-"""Which test gets which machine: the check before the first test, leases, the end of the run."""
+"""Which test gets which machine: leases, from the first test to the end of the run."""
 
-import contextlib
-import os
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from pytest_kvmsnap.errors import KvmsnapError, UsageProblem, merged
+from pytest_kvmsnap.errors import (
+    ConfigError,
+    ConnectionLostError,
+    KvmsnapError,
+    LeaseError,
+    QuarantinedError,
+    SnapshotNotFoundError,
+    UsageProblem,
+)
 from pytest_kvmsnap.golden import Golden
-from pytest_kvmsnap.lab import cleanup
+from pytest_kvmsnap.lab import cleanup, foreign, locks, relay
 from pytest_kvmsnap.lab import journal as journals
+from pytest_kvmsnap.lab.checks import Checks
 from pytest_kvmsnap.lab.clones import Clones
-from pytest_kvmsnap.lab.journal import Journal
-from pytest_kvmsnap.lab.lease import Lease, folder_for, folders, place_for
+from pytest_kvmsnap.lab.lease import Lease, take_first_free
 from pytest_kvmsnap.lab.machine import Machine
-from pytest_kvmsnap.lab.outlook import Outlook, PlannedConversion
+from pytest_kvmsnap.lab.outlook import Outlook
 from pytest_kvmsnap.lab.savepoints import Savepoints
+from pytest_kvmsnap.lab.site import Site
 from pytest_kvmsnap.lab.voice import Voice
-from pytest_kvmsnap.machine import conversion, images, preflight, probe
-from pytest_kvmsnap.machine.conversion import Conversion
+from pytest_kvmsnap.lab.waiting import Wait, circle, is_to_yield, waited_for
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
 from pytest_kvmsnap.markers import Request
+from pytest_kvmsnap.pools import Pool
 from pytest_kvmsnap.settings import Settings
 
-_Plan = tuple[Domain, Lease, list[Conversion]]
+_Key = str | Golden  # domains by their UUID
 
 
 class _Held(NamedTuple):
@@ -44,162 +50,71 @@ class Lab:
     """
 
     def __init__(self, settings: Settings, voice: Voice) -> None:
+        self._site = Site(settings, voice)
         self._settings = settings
         self._voice = voice
-        self._run = secrets.token_hex(4)
-        self._hypervisor: Hypervisor | None = None
-        self._held: dict[str | Golden, _Held] = {}  # domains by their UUID
-        self._checked: set[Request] = set()
-        self._clones = Clones(settings, voice, self._run)
+        self._held: dict[_Key, _Held] = {}
+        self._chosen: dict[Pool, str] = {}
+        self._test = ""  # for people who wait while it waits itself
+        self._unfit: dict[str, KvmsnapError] = {}  # by UUID, those that could not be had
+        self._clones = Clones(self._site)
+        self._checks = Checks(self._site, self._clones)
         self.unproven: dict[str, list[str]] = {}
         self.grown: list[str] = []
-
-    @property
-    def hypervisor(self) -> Hypervisor:
-        if self._hypervisor is None:
-            self._hypervisor = connect(self._settings.uri)
-        return self._hypervisor
 
     # before the first test
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Check all machines that tests will ask for, then convert their raw images.
+        """Check all machines that tests will ask for; see `Checks.check`."""
+        self._checks.check(requests)
 
-        What a dead run left is put back first. A machine that another run holds is checked when
-        it is free. So are golden images; raw ones are converted too.
+    def check_workers(self, held: Iterable[str | Pool | Golden], workers: int) -> None:
+        """Refuse machines that every worker would hold for the whole run, where there are fewer.
 
         Raises:
-            UsageProblem: something stands in the way; all problems of all machines in one.
+            ConfigError: that is so.
         """
-        problems: list[UsageProblem] = []
-        plans: list[_Plan] = []
-        requests = list(requests)
-        goldens = _goldens(requests)
-        self._remove_dead_clones()
-        with contextlib.ExitStack() as leases:
-            for name, snapshots in _by_domain(requests).items():
-                try:
-                    domain = self._domain(name)
-                    lease = self._lease(domain)
-                    if conversion.planned(domain, self._run):
-                        lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
-                    elif not lease.take_unless_in_use():
-                        continue
-                    leases.callback(lease.release)
-                    # only now, since the one that we waited for may have converted them
-                    conversions = conversion.planned(domain, self._run)
-                    found = self._problems(domain, lease, snapshots, conversions)
-                except UsageProblem as problem:
-                    found = [problem]
-                problems += found
-                if not found:
-                    plans.append((domain, lease, conversions))
-                    self._checked |= {Request(name, snapshot) for snapshot in snapshots}
-            for golden in goldens:
-                problems += self._clones.problems(golden, self.hypervisor)
-            together = _without_leases(plans)
-            problems += conversion.problems_together(together, live=self._settings.live)
-            if problems:
-                raise merged(problems)
-            self._convert(plans)
-        for golden in goldens:
-            self._clones.base(golden)
-            self._checked.add(Request(golden))
+        for machine in dict.fromkeys(held):
+            try:
+                domains = self._checks.domains(machine)
+            except UsageProblem:  # told by `check`
+                continue
+            if 0 < len(domains) < workers:
+                some = "one machine" if len(domains) == 1 else f"{len(domains)} machines"
+                raise ConfigError(
+                    f"{workers} workers of pytest-xdist would wait for {some} until the run ends",
+                    where=f"{machine} at {self._site.hypervisor.uri}",
+                    why="session_vm holds its machine for as long as its worker has tests",
+                    cure=f"run with -n {len(domains)} at most, name {workers} machines (a pool), or"
+                    " prepare the machine in module_vm",
+                )
 
     def outlook(self, requests: Iterable[Request]) -> Outlook:
         """Look at all that tests will ask for, as `check` does; start and change nothing."""
-        requests = list(requests)
-        outlook = Outlook()
-        if self._settings.live and probe.is_suspicious(self.hypervisor):
-            outlook.notes.append(
-                "this libvirt may be one that cannot revert to a snapshot of a running machine; a"
-                " run tries it first, on a tiny machine of its own"
-            )
-        plans: list[conversion.Plan] = []
-        for name, snapshots in _by_domain(requests).items():
-            try:
-                domain = self._domain(name)
-                plans.append((domain, self._look_at(domain, snapshots, outlook)))
-            except UsageProblem as problem:
-                outlook.problems.append(problem)
-        outlook.problems += conversion.problems_together(plans, live=self._settings.live)
-        for golden in _goldens(requests):
-            outlook.images[golden] = [golden.image]
-            found = self._clones.problems(golden, self.hypervisor, may_try=False)
-            outlook.problems += found
-            if not found:
-                outlook.conversions += self._clones.conversions(golden)
-        return outlook
-
-    def _look_at(
-        self, domain: Domain, snapshots: list[str | None], outlook: Outlook
-    ) -> list[Conversion]:
-        """Look at one machine; return what would be converted of it."""
-        disks = domain.disks(inactive=True)
-        outlook.images[domain.name] = [
-            disk.path for disk in disks if disk.is_snapshotted and disk.path is not None
-        ]
-        place = place_for(domain.hypervisor.uri, self._settings.lock_dir)
-        with contextlib.ExitStack() as leases:
-            if place.is_dir():
-                lease = Lease.of(domain, place)
-                is_free = lease.try_take()
-                leases.callback(lease.release)
-                journal = journals.load(lease.journal_path)
-                if journal is not None:
-                    outlook.notes.append(_left_or_held(journal, is_free))
-                    return []
-            conversions = conversion.planned(domain, self._run)
-            found = self._blockers(domain, snapshots, conversions, may_try=False)
-            outlook.problems += found
-            if found:
-                return []
-            outlook.conversions += [
-                PlannedConversion(domain.name, c.raw, c.qcow2, images.space_needed(c.raw))
-                for c in conversions
-            ]
-            return conversions
-
-    def _problems(
-        self,
-        domain: Domain,
-        lease: Lease,
-        snapshots: Iterable[str | None],
-        conversions: list[Conversion],
-    ) -> list[UsageProblem]:
-        """Put back what a dead run left, then return what stands in the way."""
-        cleanup.work_off(domain, lease, self._settings, self._voice.line)
-        return self._blockers(domain, snapshots, conversions)
-
-    def _blockers(
-        self,
-        domain: Domain,
-        snapshots: Iterable[str | None],
-        conversions: list[Conversion],
-        *,
-        may_try: bool = True,
-    ) -> list[UsageProblem]:
-        settings = self._settings
-        found = preflight.problems(domain, settings.ready, live=settings.live, may_try=may_try)
-        for snapshot in snapshots:
-            problem = preflight.snapshot_problem(domain, snapshot) if snapshot else None
-            if problem is not None:
-                found.append(problem)
-        return found + conversion.problems(domain, conversions, settings.convert)
-
-    def _convert(self, plans: Sequence[_Plan]) -> None:
-        """Convert for all machines at once; their journals say so first."""
-        plans = [plan for plan in plans if plan[2]]
-        with contextlib.ExitStack() as at_end:
-            for domain, lease, conversions in plans:
-                journal = self._journal(domain, lease)
-                journal.conversions = conversions
-                at_end.callback(_forget, journal)
-                journal.save()
-            if plans:
-                conversion.perform(_without_leases(plans), self._voice.progress, self._voice.line)
+        return self._checks.outlook(requests)
 
     # for a test
+
+    def prepare(self, requests: Iterable[Request], test: str) -> None:
+        """Take all machines of a test that needs several, in the one order of all runs.
+
+        So no two tests wait for what the other took, unless wide fixtures hold machines. One that
+        is ours still may go to others for as long as we wait for one that comes before it.
+
+        Raises:
+            KvmsnapError: as `savepoints`.
+        """
+        self._test = test
+        wanted = {request.machine: request for request in requests}
+        if len(wanted) > 1:
+            for request in sorted(wanted.values(), key=self._order):
+                self.savepoints(request).reserve()
+
+    def _order(self, request: Request) -> tuple[int, str]:
+        machine = request.machine
+        if isinstance(machine, str):
+            return 0, machine
+        return (1, str(machine)) if isinstance(machine, Pool) else (2, str(machine))
 
     def savepoints(self, request: Request) -> Savepoints:
         """Return the states of the machine that was asked for, which is ours from now on.
@@ -209,53 +124,128 @@ class Lab:
         """
         if isinstance(request.machine, Golden):
             return self._on_golden(request.machine)
-        domain = self._domain(request.machine)
-        if domain.uuid not in self._held:
-            lease = self._lease(domain)
-            lease.take(domain.where, self._settings.lock_timeout, self._voice.line)
-            try:
-                cleanup.work_off(domain, lease, self._settings, self._voice.line)
-                self._check_late(domain, lease, request)
-                machine = Machine(domain, self._journal(domain, lease), self._settings)
-            except BaseException:
-                lease.release()
-                raise
-            self._held[domain.uuid] = _Held(Savepoints(machine), lease)
-        elif request not in self._checked and request.snapshot:
-            problem = preflight.snapshot_problem(domain, request.snapshot)
-            if problem is not None:
-                raise problem
-            self._checked.add(request)
-        return self._held[domain.uuid].savepoints
+        key = self._key(request.machine)
+        if key is None:
+            key = self._take(request)
+        else:
+            machine = self._held[key].machine
+            self._checks.late_snapshot(machine.domain, request.snapshot)
+        if isinstance(request.machine, Pool):
+            self._chosen[request.machine] = key
+        return self._held[key].savepoints
 
     def _on_golden(self, golden: Golden) -> Savepoints:
         if golden not in self._held:
-            if Request(golden) not in self._checked:
-                found = self._clones.problems(golden, self.hypervisor)
-                if found:
-                    raise merged(found)
-                self._checked.add(Request(golden))
-            machine, lease = self._clones.make(golden, self.hypervisor)
+            self._checks.late_golden(golden)
+            machine, lease = self._clones.make(golden)
             self._held[golden] = _Held(Savepoints(machine), lease)
         return self._held[golden].savepoints
+
+    def _key(self, machine: str | Pool) -> str | None:
+        """Return by which key we hold a machine, None when we do not."""
+        if isinstance(machine, str):
+            uuid = self._domain(machine).uuid
+            return uuid if uuid in self._held else None
+        if machine in self._chosen:
+            return self._chosen[machine]
+        ours = [d.uuid for d in self._site.members(machine) if d.uuid in self._held]
+        return next((uuid for uuid in ours if not self._held[uuid].machine.has_failed), None)
+
+    def _take(self, request: Request) -> str:
+        """Take the machine, or the first free one of a pool; return its key."""
+        domains = self._candidates(request.machine)
+        leases = {domain.uuid: self._site.lease(domain) for domain in domains}
+        what = domains[0].where
+        if len(domains) > 1:
+            what = f"any of {', '.join(domain.name for domain in domains)}"
+        settings = self._settings
+        wait = Wait(what, settings.lock_timeout, self._voice.line, self._meanwhile(what))
+        try:
+            lease = take_first_free(list(leases.values()), wait)
+        finally:
+            self._wait_for([])
+        uuid = next(uuid for uuid, each in leases.items() if each is lease)
+        domain = next(domain for domain in domains if domain.uuid == uuid)
+        try:
+            machine = self._machine(domain, lease, request.snapshot)
+        except BaseException as error:
+            lease.release()
+            self._note_unfit(uuid, error)
+            raise
+        self._held[uuid] = _Held(Savepoints(machine), lease)
+        return uuid
+
+    def _note_unfit(self, uuid: str, error: BaseException) -> None:
+        """Have others of a pool serve from now on, unless it is not the machine's fault."""
+        passing = (ConnectionLostError, SnapshotNotFoundError)
+        if isinstance(error, KvmsnapError) and not isinstance(error, passing):
+            self._unfit[uuid] = error
+
+    def _candidates(self, machine: str | Pool | Golden) -> list[Domain]:
+        """Return the domains that may serve; those of a pool that failed are left out.
+
+        Raises:
+            QuarantinedError: all of them failed.
+        """
+        domains = self._checks.domains(machine)
+        if not isinstance(machine, Pool):
+            return domains
+        failed = self._unfit | {
+            domain.uuid: self._held[domain.uuid].machine.failure
+            for domain in domains
+            if domain.uuid in self._held  # and there is none that works, which would be the one
+        }
+        fit = [domain for domain in domains if domain.uuid not in failed]
+        if not fit:
+            failure = failed[domains[0].uuid]
+            raise QuarantinedError(
+                f"all machines of the pool {machine} are in quarantine, since they failed before",
+                where=self._site.hypervisor.uri,
+                why=str(failure),
+            )
+        return fit
+
+    def _machine(self, domain: Domain, lease: Lease, snapshot: str | None) -> Machine:
+        """Return a machine that was just leased, with what others left put right."""
+        settings, slots = self._settings, self._site.slots
+        journal = journals.load(lease.journal_path)
+        if journal is not None and relay.can_be_taken_over(domain, journal, settings):
+            self._checks.late_snapshot(domain, snapshot)
+            return Machine(domain, relay.taken_over(journal), settings, slots)
+        cleanup.work_off(domain, lease, settings, self._voice.line)
+        self._checks.late(domain, lease, snapshot)
+        return Machine(domain, self._site.journal(domain, lease), settings, slots)
 
     def current(self, request: Request) -> Savepoints | None:
         """Return the states of a machine if it is ours now."""
         if isinstance(request.machine, Golden):
             held = self._held.get(request.machine)
         else:
-            held = self._held.get(self._domain(request.machine).uuid)
+            key = self._key(request.machine)
+            held = self._held[key] if key is not None else None
         return held.savepoints if held is not None else None
 
-    def replace_failed_clones(self) -> None:
-        """Throw away throwaway machines that failed, so that the next test gets a new one."""
+    def replace_failed(self) -> None:
+        """Have the next test get another machine for one that failed, where there are others.
+
+        A throwaway machine is thrown away; of a pool another one serves.
+        """
         for key, held in list(self._held.items()):
-            if isinstance(key, Golden) and held.machine.has_failed:
+            if not held.machine.has_failed:
+                continue
+            if isinstance(key, Golden):
                 self._clones.failed(key, held.machine)
                 try:
                     self._give_up(key)
                 except KvmsnapError as error:
                     self._voice.line(str(error))
+            else:
+                self._choose_no_more(key)
+
+    def _choose_no_more(self, key: _Key) -> None:
+        self._chosen = {pool: uuid for pool, uuid in self._chosen.items() if uuid != key}
+
+    # between tests, and while others have what is needed
 
     def settle(self) -> list[KvmsnapError]:
         """Do at the end of a test what need not wait; return what went wrong with that.
@@ -274,41 +264,77 @@ class Lab:
                 failures.append(error)
         return failures
 
+    def _meanwhile(self, what: str) -> Callable[[Sequence[Path]], None]:
+        """Return what is to be done while we wait: let others go on, and see that somebody can."""
+
+        def meanwhile(wanted: Sequence[Path]) -> None:
+            self._yield_idle()
+            kept = self._wait_for(wanted)
+            others = circle(wanted, kept)
+            if others and is_to_yield(others):
+                ours = self._names_of(kept)
+                names = ours | {other.path: other.name for other in others}
+                lines = [
+                    f"{other.name} is held by {other.owner()}, who waits for"
+                    f" {', '.join(names[path] for path in waited_for(other))}"
+                    for other in others
+                ]
+                raise LeaseError(
+                    "this wait would never end: others wait for machines that this process holds",
+                    where=what,
+                    why="\n".join([*lines, f"ours: {', '.join(ours.values())}"]),
+                    cure="let all tests that need several machines ask for them in one test, or let"
+                    " wide fixtures (session_vm, module_vm) hold one machine only",
+                )
+
+        return meanwhile
+
+    def _names_of(self, paths: Iterable[Path]) -> dict[Path, str]:
+        return {
+            held.lease.journal_path: held.machine.domain.name
+            for held in self._held.values()
+            if held.lease.journal_path in paths
+        }
+
+    def _yield_idle(self) -> None:
+        for key, held in list(self._held.items()):
+            if held.savepoints.is_idle and held.lease.is_wanted():
+                try:
+                    self._give_up(key)
+                except KvmsnapError as error:  # of no concern to the test that waits
+                    self._voice.line(str(error))
+
+    def _wait_for(self, wanted: Sequence[Path]) -> list[Path]:
+        """Note in the journals of what we keep for what we wait; return these journals."""
+        kept = [held for held in self._held.values() if not held.savepoints.is_idle]
+        for held in kept if wanted else ():
+            held.machine.used_by(self._test)
+        for held in self._held.values():
+            held.machine.waits_for([path.name for path in wanted] if held in kept else [])
+        return [held.lease.journal_path for held in kept]
+
     def _tell_growth(self, machine: Machine) -> None:
         for line in machine.growth():
             self._voice.line(line)
             self.grown.append(line)
 
-    def _give_up(self, key: str | Golden) -> None:
-        """Leave a machine as it was found, and let others have it."""
+    def _give_up(self, key: _Key) -> None:
+        """Let others have a machine: clean where only workers of our run want it, else as found."""
         held = self._held[key]
         failure: KvmsnapError | None = None
         try:
-            held.machine.close()
+            made_by = relay.made_by(self._settings)
+            if not (held.lease.is_wanted_by_run_alone() and held.machine.leave_clean(made_by)):
+                held.machine.close()
         except KvmsnapError as error:
             failure = error
         held.lease.release()
         del self._held[key]  # only now: a Ctrl-C leaves it to the next call
+        self._choose_no_more(key)
         if held.machine.unproven:
             self.unproven.setdefault(held.machine.domain.name, []).extend(held.machine.unproven)
         if failure is not None:
             raise failure
-
-    def _check_late(self, domain: Domain, lease: Lease, request: Request) -> None:
-        """Check a machine that could not be checked before the first test.
-
-        Nobody could know of it then (`getfixturevalue`), or another run held it.
-        """
-        if request in self._checked:
-            return
-        conversions = conversion.planned(domain, self._run)
-        found = self._problems(domain, lease, [request.snapshot], conversions)
-        plan = (domain, conversions)
-        found = found or conversion.problems_together([plan], live=self._settings.live)
-        if found:
-            raise merged(found)
-        self._convert([(domain, lease, conversions)])
-        self._checked.add(request)
 
     # at the end
 
@@ -320,17 +346,44 @@ class Lab:
                 self._give_up(key)
             except KvmsnapError as error:
                 failures.append(error)
-        if self._hypervisor is not None:
-            self._hypervisor.close()
-            self._hypervisor = None
+        try:
+            failures += relay.put_back_leftovers(self._site) if self._site.is_connected else []
+        except KvmsnapError as error:
+            failures.append(error)
+        self._site.close()
         return failures
 
-    def clean(self) -> int:
-        """Undo what dead runs of this host left; return how many machines that failed for."""
+    def clean(self, *, force: bool = False) -> int:
+        """Undo what dead runs of this host left; return how many machines that failed for.
+
+        With `force` also what runs of other hosts or containers left on the machines that the
+        options name, or on all of this libvirt.
+
+        Raises:
+            UsageProblem: it is not said where to do that, or the domain to do it on is not there.
+        """
+        is_meant = self._meant_by_force() if force else None
         configured = self._settings.lock_dir
-        places = [configured] if configured is not None else folders()
-        connected = self.hypervisor if self._settings.uri is not None else None
-        return cleanup.clean(places, connected, self._settings, self._voice.line)
+        places = [configured] if configured is not None else locks.folders()
+        connected = self._site.hypervisor if self._settings.uri is not None else None
+        failures = cleanup.clean(places, connected, self._settings, self._voice.line)
+        for place in places:
+            locks.sweep(place, self._voice.line)
+        if is_meant is not None:
+            failures += foreign.undo(self._site, is_meant)
+        return failures
+
+    def _meant_by_force(self) -> Callable[[str], bool]:
+        wanted = self._settings.domain
+        if self._settings.uri is None:
+            raise ConfigError(
+                "it is not said on which libvirt --kvmsnap-force is to undo what others left",
+                cure="give --kvmsnap-uri, and --kvmsnap-domain unless all its machines are meant",
+            )
+        if isinstance(wanted, str):
+            self._site.domain(wanted)
+            return lambda name: name == wanted
+        return wanted.has if wanted is not None else lambda _: True
 
     # helpers
 
@@ -338,48 +391,4 @@ class Lab:
         for held in self._held.values():  # a test may have renamed one of ours
             if held.machine.domain.name == name:
                 return held.machine.domain
-        return Domain(self.hypervisor, self.hypervisor.find(name), name)
-
-    def _remove_dead_clones(self) -> None:
-        folder = folder_for(self.hypervisor.uri, self._settings.lock_dir)
-        cleanup.remove_dead_clones(folder, self.hypervisor, self._settings, self._voice.line)
-
-    def _lease(self, domain: Domain) -> Lease:
-        return Lease.of(domain, folder_for(domain.hypervisor.uri, self._settings.lock_dir))
-
-    def _journal(self, domain: Domain, lease: Lease) -> Journal:
-        return Journal(
-            lease.journal_path, self._run, domain.hypervisor.uri, domain.name, domain.uuid
-        )
-
-
-def _without_leases(plans: Sequence[_Plan]) -> list[conversion.Plan]:
-    return [(domain, conversions) for domain, _, conversions in plans]
-
-
-def _forget(journal: Journal) -> None:
-    """Remove the journal of conversions, unless something is left that it must tell of."""
-    if not any(os.path.lexists(c.temporary) for c in journal.conversions):
-        journal.remove()
-
-
-def _by_domain(requests: Iterable[Request]) -> dict[str, list[str | None]]:
-    snapshots: dict[str, list[str | None]] = {}
-    for request in dict.fromkeys(requests):
-        if isinstance(request.machine, str):
-            snapshots.setdefault(request.machine, []).append(request.snapshot)
-    return snapshots
-
-
-def _left_or_held(journal: Journal, is_free: bool) -> str:
-    if is_free:
-        return (
-            f"{journal.name} was left by a dead run, which the next one undoes before it looks for"
-            f" what stands in the way ({journal.owner()})"
-        )
-    return f"{journal.name} is in use, so tests on it would wait ({journal.owner()})"
-
-
-def _goldens(requests: Iterable[Request]) -> list[Golden]:
-    machines = dict.fromkeys(request.machine for request in requests)
-    return [machine for machine in machines if isinstance(machine, Golden)]
+        return self._site.domain(name)

@@ -1,86 +1,41 @@
 """One process owns a machine at a time: a lock that dies with its owner, a journal beside it.
 
-A second lock, `….next`, is held by the one who waits for the first. So the owner can see that he is
-waited for, and when he gives the machine up, whoever waited comes before him.
+Further locks are held by those who wait for it, one process each: `….next-<run>.lock` by the first
+of the workers of a run of pytest-xdist, `….next.lock` by the first of all others. So the owner can
+see that it is waited for, and by whom, and when it gives the machine up, whoever waited comes
+before it.
 """
 
 import contextlib
 import hashlib
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
-
-import filelock
 
 from pytest_kvmsnap.errors import LeaseError
 from pytest_kvmsnap.lab import journal as journals
+from pytest_kvmsnap.lab.locks import Lock
+from pytest_kvmsnap.lab.waiting import Wait
 from pytest_kvmsnap.machine.domain import Domain
-
-_SHARED = Path("/run/lock/pytest-kvmsnap")
-
-
-def private_folder() -> Path:
-    """Return the user's own folder for locks and journals."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "pytest-kvmsnap"
-
-
-def folders() -> list[Path]:
-    """Return all folders that hold locks by default."""
-    return [_SHARED, private_folder()]
-
-
-def place_for(uri: str, configured: Path | None) -> Path:
-    """Return where the folder for the machines of a URI is, or would be."""
-    is_shared = urlsplit(uri).path == "/system"
-    return configured or (_SHARED if is_shared else private_folder())
-
-
-def folder_for(uri: str, configured: Path | None) -> Path:
-    """Return the folder for the machines of a URI, made if need be.
-
-    Raises:
-        LeaseError: it is not ours to use, or cannot be made.
-    """
-    folder = place_for(uri, configured)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder == _SHARED and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
-            folder.chmod(0o1777)  # everyone who may use the host's libvirt makes locks here
-        if folder.is_symlink() or not os.access(folder, os.W_OK | os.X_OK):
-            raise OSError("it is a symbolic link, or this user may not write there")
-    except OSError as error:
-        raise LeaseError(
-            f"cannot use {folder} for locks",
-            why=str(error),
-            cure="give another folder with --kvmsnap-lock-dir, the same to all runs on this host",
-        ) from None
-    return folder
 
 
 class Lease:
     """The right to a machine, for as long as this process lives or until it is released."""
 
-    def __init__(self, journal_path: Path, mode: int) -> None:
+    def __init__(self, journal_path: Path) -> None:
         self.journal_path = journal_path
-        self._lock = filelock.FileLock(journal_path.with_suffix(".lock"), mode=mode)
-        self._next = filelock.FileLock(journal_path.with_suffix(".next"), mode=mode)
+        run = journals.testrun()
+        label = f"-{hashlib.sha256(run.encode()).hexdigest()[:8]}" if run else ""
+        self._is_of_workers = bool(run)
+        self._lock = Lock(journal_path.with_suffix(".lock"))
+        self._queue = journal_path.with_name(f"{journal_path.stem}.next{label}.lock")
+        self._next = Lock(self._queue)
 
     @classmethod
     def of(cls, domain: Domain, folder: Path) -> "Lease":
         """Return the lease of a machine, not yet taken."""
-        key = f"{domain.hypervisor.host}-{domain.uuid}".encode()
-        return cls.beside(folder / f"{hashlib.sha256(key).hexdigest()[:24]}.json")
-
-    @classmethod
-    def beside(cls, journal_path: Path) -> "Lease":
-        """Return the lease that a journal belongs to, not yet taken."""
-        # In the folder of all users everyone must be able to open the lock; filelock opens it
-        # with O_NOFOLLOW, and the folder is sticky, so nobody can put something in its place.
-        mode = 0o666 if journal_path.parent == _SHARED else 0o600
-        return cls(journal_path, mode)
+        key = f"{domain.hypervisor.identity}-{domain.uuid}".encode()
+        return cls(folder / f"{hashlib.sha256(key).hexdigest()[:24]}.json")
 
     def take(self, what: str, timeout: float, tell: Callable[[str], None]) -> None:
         """Take it; waits up to `timeout` seconds for each owner and tells for whom.
@@ -88,110 +43,82 @@ class Lease:
         Raises:
             LeaseError: somebody held it all the time, or the lock cannot be used.
         """
-        patience = _Patience(self.journal_path, what, timeout, tell)
-        try:
-            while not _acquired(self._next, patience.step()):
-                patience.wait_on()
-            while not _acquired(self._lock, patience.step()):
-                patience.wait_on()
-        finally:
-            _release(self._next)
+        take_first_free([self], Wait(what, timeout, tell))
 
     def try_take(self) -> bool:
         """Take it if it is free."""
-        return _acquired(self._lock, 0)
+        return self._lock.try_take()
 
     def take_unless_in_use(self, seconds: float = 60) -> bool:
         """Take it if no run works with the machine; others look at it for a moment only."""
         end = time.monotonic() + seconds
-        while not _acquired(self._lock, 0.1):
+        while not self._lock.try_take(0.1):
             if self.journal_path.exists() or time.monotonic() > end:
                 return False
         return True
 
     def is_wanted(self) -> bool:
         """Tell whether somebody waits for it."""
-        if not _acquired(self._next, 0):
-            return True
-        _release(self._next)
-        return False
+        return bool(self._waited_in())
+
+    def is_wanted_by_run_alone(self) -> bool:
+        """Tell whether only workers of our own run of pytest-xdist wait for it."""
+        return self._is_of_workers and self._waited_in() == [self._queue]
+
+    def _waited_in(self) -> list[Path]:
+        """Return the queues, ours and those of other runs, in which somebody waits for it."""
+        folder, key = self.journal_path.parent, self.journal_path.stem
+        found = []
+        for queue in folder.glob(f"{key}.next*.lock"):
+            with contextlib.suppress(LeaseError):  # who may not use our locks waits in none
+                if Lock(queue).is_taken():
+                    found.append(queue)
+        return found
 
     def release(self) -> None:
         """Give it back, with the lock's file, so that the folder does not grow."""
-        _release(self._lock)
+        self._lock.release()
 
+    def try_unless_wanted(self) -> bool:
+        """Take it if nobody holds it and nobody waits for it."""
+        return not self.is_wanted() and self._lock.try_take()
 
-class _Patience:
-    """Waits for an owner, tells people for whom, and ends when it was always the same."""
+    def queue(self) -> bool:
+        """Wait for it, if nobody of our kind does; tell whether we are the next one of these.
 
-    def __init__(
-        self, journal_path: Path, what: str, timeout: float, tell: Callable[[str], None]
-    ) -> None:
-        self._journal_path = journal_path
-        self._what = what
-        self._timeout = timeout
-        self._tell = tell
-        self._owner: object = None
-        self._end = time.monotonic() + timeout
-        self._wait = 0.0  # nobody is told of the first try
-
-    def step(self) -> float:
-        """Return how long to wait before `wait_on` is due."""
-        return min(self._wait, max(self._end - time.monotonic(), 0.01))
-
-    def wait_on(self) -> None:
-        """Go on waiting.
-
-        Raises:
-            LeaseError: the same owner had it for too long.
+        To be ended by `not_next`.
         """
-        owner, words = self._look()
-        if owner != self._owner:
-            self._owner, self._end = owner, time.monotonic() + self._timeout
-        elif time.monotonic() >= self._end:
-            raise LeaseError(
-                "the machine belongs to another process",
-                where=self._what,
-                why=f"waited {self._timeout:g} s for {words}",
-                cure="let that run end, or wait longer with --kvmsnap-lock-timeout",
-            )
-        if self._wait:
-            self._tell(f"waiting for {self._what}, held by {words}")
-        self._wait = self._wait * 2 or 2.0
+        return self._next.try_take()
 
-    def _look(self) -> tuple[object, str]:
-        """Return what tells owners apart, and words for the present one."""
-        try:
-            journal = journals.load(self._journal_path)
-        except LeaseError:
-            return "another user", "another user's process"
-        if journal is None:
-            return None, "a process that has just taken it"
-        # Another worker of our own run is not stuck while it goes from test to test.
-        is_ours = journal.testrun and journal.testrun == journals.testrun()
-        return (journal.run, journal.test if is_ours else ""), journal.owner()
+    def try_next(self) -> bool:
+        """Take it if we are the next one, or can be, and nobody holds it."""
+        return self.queue() and self._lock.try_take()
+
+    def not_next(self) -> None:
+        """Wait for it no more."""
+        self._next.release()
 
 
-def _acquired(lock: filelock.BaseFileLock, seconds: float) -> bool:
+def take_first_free(leases: Sequence[Lease], wait: Wait) -> Lease:
+    """Take the first of these machines that is free, or gets free.
+
+    Whoever comes while others wait, lets them go first.
+
+    Raises:
+        LeaseError: the same owners held them all the time, or a lock cannot be used.
+    """
+    for lease in leases:  # before any owner is told that it is waited for
+        if lease.try_unless_wanted():
+            return lease
+    paths = [lease.journal_path for lease in leases]
     try:
-        lock.acquire(timeout=seconds, poll_interval=0.05)
-    except filelock.Timeout:
-        return False
-    except OSError as error:
-        raise LeaseError(
-            f"cannot use the lock {lock.lock_file}",
-            why=str(error),
-            cure="a lock must be a file of this user's own: remove what is there when no run is"
-            " under way, or give another folder with --kvmsnap-lock-dir",
-        ) from None
-    return True
-
-
-def _release(lock: filelock.BaseFileLock) -> None:
-    if not lock.is_locked:
-        return
-    # still locked: whoever opened the file meanwhile sees that it is not the one on disk any
-    # more (filelock looks) and makes a new one
-    with contextlib.suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
+        for lease in leases:
+            lease.queue()
+        while True:
+            wait.go_on(paths)
+            for lease in leases:
+                if lease.try_next():
+                    return lease
+    finally:
+        for lease in leases:
+            lease.not_next()

@@ -5,10 +5,12 @@ import itertools
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from pytest_kvmsnap.errors import (
     AgentLostError,
+    ConnectionLostError,
     KvmsnapError,
     MachineError,
     QuarantinedError,
@@ -21,12 +23,14 @@ from pytest_kvmsnap.guest.canary import Canary
 from pytest_kvmsnap.guest.ready import means_of, set_clock, wait_ready
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.growth import Growth
-from pytest_kvmsnap.lab.journal import Journal
+from pytest_kvmsnap.lab.journal import Clean, Journal
+from pytest_kvmsnap.lab.slots import Slots
 from pytest_kvmsnap.machine import space
 from pytest_kvmsnap.machine.domain import Domain, Fingerprint
 from pytest_kvmsnap.settings import Settings
 from pytest_kvmsnap.vm import VM
 
+_T = TypeVar("_T")
 _SHUTDOWN = 120.0  # seconds for a guest to go off by itself, where live=no asks for it
 
 
@@ -45,13 +49,14 @@ class Machine:
     machine is in quarantine, None while it is not.
     """
 
-    def __init__(self, domain: Domain, journal: Journal, settings: Settings) -> None:
+    def __init__(self, domain: Domain, journal: Journal, settings: Settings, slots: Slots) -> None:
         self.domain = domain
         self.unproven: list[str] = []
         self._journal = journal
         self._settings = settings
+        self._slots = slots
         self._ready = means_of(domain, settings.ready)
-        self._found = restore.look(domain)
+        self._found = journal.found or restore.look(domain)  # found by the worker before us
         self._growth = Growth(domain, settings.growth_limit)
         self._powers = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
         self._baseline: str | None = None
@@ -59,6 +64,8 @@ class Machine:
         self._numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(1))
         self._stand: _Stand | None = None
         self._user = ""  # the test that used the machine last
+        self._is_used = False  # since the last revert
+        self._is_halted = False  # perhaps, by a libvirt that died: it is to run on
         self._marked: Canary | None = None
         self.failure: KvmsnapError | None = None
         if self._found.state not in ("running", "paused", "shut off"):
@@ -68,6 +75,10 @@ class Machine:
                 cure="start it or shut it off first",
             )
         journal.found = self._found
+        left, journal.clean = journal.clean, None
+        if left is not None:
+            self._baseline = left.baseline
+            self._stand = _Stand(left.snapshot, Fingerprint(*left.fingerprint))
         journal.save()
 
     @property
@@ -89,12 +100,19 @@ class Machine:
             revert_timeout=self._settings.revert_timeout,
             description=self._journal.description(),
             on_use=on_use,
+            on_snapshot=self._note_snapshot,
         )
 
     def used_by(self, test: str) -> None:
         """Note for which test the machine is worked on, for people who wait for it."""
         if self._journal.test != test:
             self._journal.test = test
+            self._journal.save()
+
+    def _note_snapshot(self, name: str) -> None:
+        """Note that a test is about to take a snapshot: a kill may leave it in the image alone."""
+        if name not in self._journal.by_tests:
+            self._journal.by_tests.append(name)
             self._journal.save()
 
     def growth(self) -> list[str]:
@@ -147,6 +165,7 @@ class Machine:
     def touched(self) -> None:
         """Note that somebody used the machine, who may have changed what cannot be seen outside."""
         self._stand = None
+        self._is_used = True
         self._user = self._journal.test
 
     # snapshots of ours
@@ -169,10 +188,14 @@ class Machine:
 
     def keep_as_it_is(self, label: str) -> tuple[str, ...]:
         """Keep the machine as it is now; like `keep`."""
+        self._go_on()
         name = self._name(label)
         theirs = self._adopt()
         try:
             self._take(name)
+        except ConnectionLostError:  # where they are, they stay
+            self._disown(theirs)
+            raise
         except KvmsnapError:
             self.forget(theirs)
             raise
@@ -180,10 +203,13 @@ class Machine:
 
     def forget(self, snapshots: tuple[str, ...]) -> None:
         """Let go of snapshots that serve no more; the next revert or `tidy` deletes them."""
+        self._disown(snapshots)
+        self._forgotten.update(snapshots)
+
+    def _disown(self, snapshots: tuple[str, ...]) -> None:
         for name in snapshots:
             self._powers.pop(name, None)
             self._journal.taken.pop(name, None)
-        self._forgotten.update(snapshots)
 
     def tidy(self) -> None:
         """Delete what was let go of, when no revert has come since.
@@ -194,8 +220,35 @@ class Machine:
         """
         if self._forgotten:
             with self._in_quarantine_if_it_fails():
-                restore.delete(self.domain, self._forgotten.__contains__)
-                self._forgotten.clear()
+                self._despite_a_loss(self._delete_forgotten)
+
+    def _delete_forgotten(self) -> None:
+        restore.delete(self.domain, self._forgotten.__contains__)
+        self._forgotten.clear()
+
+    def waits_for(self, journals: list[str]) -> None:
+        """Note for which machines this process waits while it keeps this one."""
+        if self._journal.waits_for != journals:
+            self._journal.waits_for = journals
+            self._journal.save()
+
+    def leave_clean(self, made_by: list[Any]) -> bool:
+        """Leave the machine to another worker of this run, if it is provably clean; tell whether.
+
+        Its snapshots of this run are those that all tests start from. See `Clean` for `made_by`.
+        """
+        stand, found = self._stand, self._journal.found_snapshot
+        if stand is None or found is None or self.has_failed or self._marked is not None:
+            return False
+        further = self._journal.taken.keys() - {found, self._baseline}
+        if further or not self._stands_at(stand.snapshot):
+            return False
+        self._journal.clean = Clean(
+            stand.snapshot, list(stand.fingerprint), self._baseline, made_by
+        )
+        self._journal.test = ""
+        self._journal.save()
+        return True
 
     def close(self) -> None:
         """Leave the machine as it was found.
@@ -203,15 +256,24 @@ class Machine:
         Raises:
             MachineError: that failed; the journal stays for the next try.
         """
+        try:
+            self._despite_a_loss(self._leave_as_found)
+        except ConnectionLostError as error:
+            error.cure = "the next run puts the machine back, or pytest --kvmsnap-clean does"
+            raise
+
+    def _leave_as_found(self) -> None:
+        self._go_on()
         goal = self._journal.found_snapshot
-        restore.as_found(
-            self.domain,
-            self._journal,
-            ready=self._settings.ready,
-            ready_timeout=self._settings.ready_timeout,
-            revert_timeout=self._settings.revert_timeout,
-            at=goal if goal is not None and self._stands_at(goal) else None,
-        )
+        with self._slots.one():
+            restore.as_found(
+                self.domain,
+                self._journal,
+                ready=self._settings.ready,
+                ready_timeout=self._settings.ready_timeout,
+                revert_timeout=self._settings.revert_timeout,
+                at=goal if goal is not None and self._stands_at(goal) else None,
+            )
 
     @contextlib.contextmanager
     def _in_quarantine_if_it_fails(self) -> Iterator[None]:
@@ -223,22 +285,41 @@ class Machine:
             )
         try:
             yield
+        except ConnectionLostError:  # no fault of the machine; but who knows where it stands now
+            self._stand = None
+            if self._journal.found_snapshot is None:
+                self._is_halted = self._found.state == "running"
+            raise
         except KvmsnapError as error:
             self.failure = error
             raise
+
+    def _despite_a_loss(self, act: Callable[[], _T]) -> _T:
+        """Do again, on a new connection, what the loss of the old one interrupted."""
+        try:
+            return act()
+        except ConnectionLostError:
+            if self.domain.hypervisor.is_away:
+                raise
+            return act()
 
     # the states that everything starts from
 
     def _found_snapshot(self) -> str:
         """Return the snapshot to go back to at the end, taken when there is none."""
         if self._journal.found_snapshot is None:
+            self._go_on()
             if self._found.state == "running" and self._settings.live:
                 wait_ready(self.domain, self._ready, self._settings.ready_timeout)
                 self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
             self._journal.found_snapshot = self._name("found")
-            self._take(self._journal.found_snapshot)
+            try:
+                self._take(self._journal.found_snapshot)
+            except ConnectionLostError:  # it stands or not; the next test takes another
+                self._journal.found_snapshot = None
+                raise
         return self._journal.found_snapshot
 
     def _baseline_from(self, found: str) -> str:
@@ -268,14 +349,34 @@ class Machine:
         space.check_space(self.domain)
         self._journal.taken.setdefault(name, "")
         self._journal.save()
+        is_running = self.domain.state() == "running"
         try:
             taken = self.domain.take_snapshot(name, self._journal.description())
+        except ConnectionLostError:
+            self._is_halted = is_running
+            with contextlib.suppress(KvmsnapError):  # else later: what broke is what is to be told
+                self._go_on()
+            raise
         except SnapshotError as error:
             raise space.explain(self.domain, error) from None
         self._powers[name] = taken.state
         self._journal.taken[name] = self.domain.snapshot_xmls()[name]
         self._journal.save()
         self._stand = _Stand(name, self.domain.fingerprint())
+
+    def _go_on(self) -> None:
+        """Have a machine run on that a libvirt which died stopped.
+
+        It leaves the guest paused if it was taking a snapshot. The next one may end QEMU: it takes
+        the answer to the old one for its own (seen on 9.0, in 6 of 40 snapshots).
+        """
+        if self._is_halted:
+            state = self.domain.state()
+            if state == "paused":
+                self.domain.resume()
+            elif state == "shut off":
+                self.domain.start()
+        self._is_halted = False
 
     def _adopt(self) -> tuple[str, ...]:
         """Return the snapshots that somebody took by `VM.snapshot`, which are known from now on."""
@@ -284,7 +385,10 @@ class Machine:
             self._powers[snapshot.name] = snapshot.state
         xmls = self.domain.snapshot_xmls() if unknown else {}
         self._journal.taken |= {snapshot.name: xmls[snapshot.name] for snapshot in unknown}
-        return tuple(snapshot.name for snapshot in unknown)
+        names = tuple(snapshot.name for snapshot in unknown)
+        # those too that were not announced, since a test took them by libvirt itself
+        self._journal.by_tests = list(dict.fromkeys([*self._journal.by_tests, *names]))
+        return names
 
     def _stands_at(self, snapshot: str) -> bool:
         """Tell whether we put the machine there and nobody touched it since."""
@@ -305,20 +409,21 @@ class Machine:
             self._run()
 
     def _run(self) -> None:
-        if self.domain.state() == "paused":
-            self.domain.resume()
-        else:
-            self.domain.start()
-        self._stand = None
-        self._arrive()
+        with self._slots.one():
+            if self.domain.state() == "paused":
+                self.domain.resume()
+            else:
+                self.domain.start()
+            self._stand = None
+            self._arrive()
 
     def _arrive(self) -> None:
         """Wait for a machine that just came up; set its clock and look for marks."""
         wait_ready(self.domain, self._ready, self._settings.ready_timeout)
         if self._ready == "agent":
             set_clock(self.domain)
-        marked, self._marked = self._marked, None
-        left = marked.look() if marked is not None else ""
+        left = self._marked.look() if self._marked is not None else ""
+        self._marked = None  # only now: a lost connection leaves them to the next revert
         if left is None:
             self.unproven.append(self._user)
         elif left:
@@ -333,24 +438,28 @@ class Machine:
 
     def _revert(self, snapshot: str) -> None:
         """Revert with force and prove it."""
-        is_used = self._stand is None
         self._stand = None
-        self._marked = self._mark()
-        if is_used and self._marked is None and self._takes_marks():
-            self.unproven.append(self._user)
+        self._is_halted = False
+        self._marked = self._despite_a_loss(self._mark)
+        is_unproven = self._is_used and self._marked is None and self._takes_marks()
+        revert = partial(self._revert_once, snapshot)
         try:
-            self._revert_once(snapshot)
+            self._despite_a_loss(revert)
         except AgentLostError:
-            self._revert_once(snapshot)
+            self._despite_a_loss(revert)
+        if is_unproven:
+            self.unproven.append(self._user)
+        self._is_used = False
         self._stand = _Stand(snapshot, self.domain.fingerprint())
 
     def _revert_once(self, snapshot: str) -> None:
-        restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
-        restore.delete(self.domain, lambda name: name not in self._powers)
-        self._forgotten.clear()
-        self._check_state(snapshot)
-        if self._powers[snapshot] == "running":
-            self._arrive()
+        with self._slots.one():
+            restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
+            restore.delete(self.domain, lambda name: name not in self._powers)
+            self._forgotten.clear()
+            self._check_state(snapshot)
+            if self._powers[snapshot] == "running":
+                self._arrive()
 
     def _plant(self) -> None:
         """Allocate the canary's block before a snapshot is taken."""
@@ -362,6 +471,8 @@ class Machine:
         try:
             if not self._takes_marks() or self.domain.state() != "running":
                 return None
+        except ConnectionLostError:
+            raise
         except MachineError:  # the domain is gone; the revert brings it back
             return None
         canary = Canary(Agent(self.domain), secrets.token_hex(8))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from pytest_kvmsnap.errors import UsageProblem
 from pytest_kvmsnap.golden import Golden
+from pytest_kvmsnap.pools import Pool
 
 
 class PlannedConversion(NamedTuple):
@@ -27,7 +28,7 @@ class Outlook:
     `notes` are what could not be looked at, and why.
     """
 
-    images: dict[str | Golden, list[Path]] = field(default_factory=dict)
+    images: dict[str | Pool | Golden, list[Path]] = field(default_factory=dict)
     conversions: list[PlannedConversion] = field(default_factory=list)
     problems: list[UsageProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

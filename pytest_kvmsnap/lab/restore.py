@@ -7,7 +7,7 @@ from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
 from pytest_kvmsnap.guest.ready import Ready, means_of, set_clock, wait_ready
 from pytest_kvmsnap.lab.journal import Found, Journal
-from pytest_kvmsnap.machine import clone, conversion
+from pytest_kvmsnap.machine import clone, conversion, orphans
 from pytest_kvmsnap.machine.domain import Domain
 
 
@@ -42,8 +42,7 @@ def revert(domain: Domain, journal: Journal, snapshot: str, timeout: float) -> N
 def _define_again(domain: Domain, journal: Journal) -> None:
     """Bring back a domain that was undefined, with its snapshots, whose data is in the image."""
     found = journal.found
-    raw = domain.hypervisor.lookup(domain.uuid)
-    if found is None or (raw is not None and raw.isPersistent()):
+    if found is None or domain.is_defined():
         return
     domain.hypervisor.define(found.definition)
     present = {snapshot.name for snapshot in domain.snapshots()}
@@ -85,7 +84,7 @@ def as_found(
         _go_back(domain, journal, found, revert_timeout, at)
         if found.state == "running" and (journal.planted or at is None):
             _tidy_guest(domain, journal, means_of(domain, ready), ready_timeout)
-        _delete_ours(domain, journal)
+        delete_ours(domain, journal)
         _restore_current(domain, found)
         if domain.xml(inactive=True) != found.definition:  # a revert changes the order of devices
             domain.hypervisor.define(found.definition)
@@ -110,10 +109,18 @@ def _go_back(
 ) -> None:
     goal = journal.found_snapshot
     if goal is not None and goal in {snapshot.name for snapshot in domain.snapshots()}:
-        if at != goal:
+        if at != goal and not _is_just_being_deleted(domain, journal, goal):
             revert(domain, journal, goal, timeout)
     elif found.state == "running" and domain.state() == "paused":
         domain.resume()  # a run killed while it took its first snapshot leaves the guest paused
+
+
+def _is_just_being_deleted(domain: Domain, journal: Journal, goal: str) -> bool:
+    """Tell whether a run was killed while it deleted this snapshot.
+
+    It is the last to go, when the machine is back already. A revert to it would kill the machine.
+    """
+    return names_of(domain, journal) == [goal] and bool(orphans.without_data(domain, [goal]))
 
 
 def _tidy_guest(domain: Domain, journal: Journal, ready: Ready, timeout: float) -> None:
@@ -126,13 +133,30 @@ def _tidy_guest(domain: Domain, journal: Journal, ready: Ready, timeout: float) 
         Canary(Agent(domain), journal.run).remove()
 
 
-def _delete_ours(domain: Domain, journal: Journal) -> None:
-    """Delete the snapshots of this run, children first, and nobody else's."""
-    xmls = domain.snapshot_xmls()
-    descriptions = {snapshot.name: snapshot.description for snapshot in domain.snapshots()}
-    for name in reversed(xmls):
-        if descriptions[name] == journal.description():
+def names_of(domain: Domain, journal: Journal) -> list[str]:
+    """Return the names of this run's snapshots, parents before children."""
+    return [s.name for s in domain.snapshots() if journal.is_of_run(s.description)]
+
+
+def delete_ours(domain: Domain, journal: Journal) -> None:
+    """Delete the snapshots of this run, children first, and nobody else's.
+
+    With those that a kill left in the images only; of those whose data is gone, what libvirt knows.
+    """
+    ours = names_of(domain, journal)
+    without_data = orphans.without_data(domain, ours)
+    for name in reversed(ours):
+        if name in without_data:
+            domain.forget_snapshot(name)
+        else:
             domain.delete_snapshot(name)
+    theirs = journal.found.snapshots if journal.found is not None else {}
+    by_tests = set(journal.by_tests).difference(theirs)
+    orphans.remove(
+        domain,
+        journal.description(),
+        lambda name: name in by_tests or orphans.is_of_run(name, journal.run),
+    )
 
 
 def _restore_current(domain: Domain, found: Found) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from pytest_kvmsnap.errors import KvmsnapError
+from pytest_kvmsnap.errors import ConnectionLostError, KvmsnapError
 from pytest_kvmsnap.lab.machine import Machine
 
 
@@ -68,11 +68,16 @@ class Savepoints:
         self._line: _Line | None = None  # the one that the machine is on
         self._at: State | None = None  # the state that the machine was last at or goes on from
         self._is_owing = False  # what was done since then is to be undone
+        self._is_in_test = True  # it was taken for one
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody needs the machine between two tests. One in quarantine stays with us."""
-        return not self.holders and not self.machine.has_failed
+        """Whether nobody needs the machine just now. One in quarantine stays with us."""
+        return not self.holders and not self._is_in_test and not self.machine.has_failed
+
+    def reserve(self) -> None:
+        """Note that a test is about to use the machine: it is not idle until `settle`."""
+        self._is_in_test = True
 
     def root(self, snapshot: str | None) -> State:
         """Return the state of the baseline, or of an existing snapshot.
@@ -93,6 +98,7 @@ class Savepoints:
         Raises:
             MachineError: that failed.
         """
+        self._is_in_test = True
         self._leave_line()
         self.machine.go(state.snapshot)
         self.machine.touched()
@@ -150,6 +156,7 @@ class Savepoints:
         Raises:
             MachineError: that failed, or the line could not be kept when it was left.
         """
+        self._is_in_test = True
         line = next((x for x in self._lines if (x.state, x.holder) == (state, holder)), None)
         if line is None:
             line = _Line(state, holder)
@@ -172,13 +179,14 @@ class Savepoints:
         self._drop_lines([line for line in self._lines if line.holder == holder])
 
     def settle(self) -> None:
-        """Undo at once what was let go of, rather than when the machine is needed elsewhere.
+        """Undo at the end of a test what was let go of, rather than when that is in the way.
 
         The snapshots that held it are deleted.
 
         Raises:
             MachineError: that failed.
         """
+        self._is_in_test = False
         if self.machine.has_failed:
             return
         if self._is_owing and self._at is not None:
@@ -191,6 +199,9 @@ class Savepoints:
             return
         try:
             kept = self.machine.keep_as_it_is("held")
+        except ConnectionLostError:  # nothing is known of the line but that it is not left
+            self._line = line
+            raise
         except KvmsnapError as error:  # of no concern to the test that comes in between
             line.lost = error
         else:

@@ -125,7 +125,6 @@ def test_nonsensical_uri(refuse: Refuse) -> None:
 BAD_MARKERS = {
     "kvm_domain()": "no domain is named",
     "kvm_domain": "no domain is named",
-    "kvm_domain('one', 'two')": "several domains (a pool) are not supported yet",
     "kvm_domain(7)": "a name must be text, not 7",
     "kvm_domain('')": "a name must be text, not ''",
     "kvm_domain(' ')": "a name must be text, not ' '",
@@ -216,7 +215,6 @@ def test_all_wrong_markers_are_told_in_one_message(refuse: Refuse, host: "Host")
 BAD_VALUES = [
     ("uri", "", "must not be empty"),
     ("domain", " ", "must not be empty"),
-    ("domain", "web-*", "patterns and pools are not supported yet"),
     ("snapshot", "", "must not be empty"),
     ("convert", "maybe", "must be one of: auto, check, never"),
     ("live", "maybe", "must be yes or no"),
@@ -274,8 +272,11 @@ def test_a_wrong_result_of_the_hook(
     refuse("the hook pytest_kvmsnap_lab", *texts, domain=None)
 
 
-def test_several_domains_on_the_command_line(refuse: Refuse) -> None:
-    refuse("wrong value for --kvmsnap-domain", "not supported yet", args=("--kvmsnap-domain=two",))
+def test_an_unknown_one_of_several_domains_on_the_command_line(
+    refuse: Refuse, host: "Host"
+) -> None:
+    host.define()
+    refuse("there is no domain 'two'", "domains there: box", args=("--kvmsnap-domain=two",))
 
 
 # the domain itself
@@ -400,6 +401,7 @@ def test_snapshot_of_a_run_on_another_host(refuse: Refuse, host: "Host") -> None
     refuse(
         "its snapshot 'theirs' belongs to another run: pytest-kvmsnap run 1234 on elsewhere, pid 5",
         "--kvmsnap-clean on its host",
+        "pytest --kvmsnap-clean --kvmsnap-force --kvmsnap-uri test:///default --kvmsnap-domain box",
     )
 
 

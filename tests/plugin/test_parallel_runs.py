@@ -1,63 +1,28 @@
-"""Several workers of pytest-xdist, and several runs, on one machine: each has it for itself.
+"""Several workers of pytest-xdist, and several runs, on one machine: each has it for itself."""
 
-Each process has a test driver of its own, but all of them know the machine by the same UUID, so
-that they meet at its lease.
-"""
-
-import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from notes import DATABASE, write
-from testdriver import disk, node_file
+from records import RECORDS, Record, turns
 
 from pytest_kvmsnap.lab.lab import Lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sharedhost import SharedSuite
     from testdriver import Host, Suite
 
     from pytest_kvmsnap.markers import Request
 
-# Notes when each process begins and ends to use the machine.
-DIARY = """
-import os, time
 
-def note(what):
-    with open("diary", "a") as file:
-        file.write(f"{what} {os.getpid()}\\n")
-
-@pytest.fixture
-def diary(vm):
-    note("begin")
-    time.sleep(0.1)
-    yield
-    note("end")
-"""
-
-
-@pytest.fixture
-def uri(suite: "Suite", xdist: None) -> str:
-    """The option for a machine `box` that every process finds, each in a driver of its own."""
-    node = suite.pytester.path / "node.xml"
-    node.write_text(node_file(disk("/images/box.qcow2")))
-    return f"--kvmsnap-uri=test://{node}"
-
-
-def pids(folder: Path) -> list[str]:
-    """Return the processes that used the machine, in order; check that none got in between."""
-    lines = [line.split() for line in (folder / "diary").read_text().splitlines()]
-    for (begin, one), (end, other) in zip(lines[::2], lines[1::2], strict=True):
-        assert (begin, end) == ("begin", "end")
-        assert one == other
-    return [pid for _, pid in lines[::2]]
-
-
-def test_workers_take_turns_on_one_machine(suite: "Suite", uri: str) -> None:
+@pytest.mark.usefixtures("xdist")
+def test_workers_take_turns_on_one_machine(shared: "SharedSuite") -> None:
+    shared.host.define(state="running")
+    before = shared.host.look()
     write(
-        suite,
+        shared,
         DATABASE
         + """
 @pytest.mark.parametrize("number", range(10))
@@ -67,18 +32,20 @@ def test_machine(vm, diary, number):
 
 def test_without(): pass
 """,
-        DIARY,
+        RECORDS,
     )
-    result = suite.run_apart("-n2", uri)
-    result.assert_outcomes(passed=11)
-    order = pids(suite.pytester.path)
-    assert len(set(order)) == 2
-    turns = sum(one != other for one, other in itertools.pairwise(order))
-    assert turns >= 4, "the one who waits comes next"
-    assert suite.left_over() == []
+    shared.run_apart("-n2").assert_outcomes(passed=11)
+    users = Record(shared.pytester.path).users()
+    assert len(users) == 10
+    assert len(set(users)) == 2
+    assert turns(users) >= 4, "the one who waits comes next"
+    assert shared.left_over() == []
+    assert shared.host.look() == before
 
 
-def test_a_worker_keeps_the_machine_while_a_fixture_holds_it(suite: "Suite", uri: str) -> None:
+@pytest.mark.usefixtures("xdist")
+def test_a_worker_keeps_the_machine_while_a_fixture_holds_it(shared: "SharedSuite") -> None:
+    shared.host.define(state="running")
     prepared = (
         DATABASE
         + """
@@ -87,25 +54,29 @@ def test_machine(database, vm, diary, number):
     assert read(vm) == ["database"]
 """
     )
-    write(suite, "", DIARY)
+    write(shared, "", RECORDS)
     for name in ("one", "two"):
-        suite.pytester.makepyfile(
+        shared.pytester.makepyfile(
             **{f"test_{name}": "import pytest\nfrom words import read, write\n" + prepared}
         )
-    suite.run_apart("-n2", "--dist=loadfile", uri).assert_outcomes(passed=8)
-    order = pids(suite.pytester.path)
-    assert order == [order[0]] * 4 + [order[-1]] * 4
-    assert suite.left_over() == []
+    shared.run_apart("-n2", "--dist=loadfile").assert_outcomes(passed=8)
+    users = Record(shared.pytester.path).users()
+    assert users == [users[0]] * 4 + [users[-1]] * 4
+    assert users[0] != users[-1]
+    assert shared.left_over() == []
 
 
+@pytest.mark.usefixtures("xdist")
 @pytest.mark.parametrize(
-    ("scope", "dist"), [("class", "loadscope"), ("module", "load"), ("session", "worksteal")]
+    ("scope", "dist"), [("class", "loadscope"), ("module", "load"), ("module", "worksteal")]
 )
 def test_prepared_states_are_right_with_workers(
-    suite: "Suite", uri: str, scope: str, dist: str
+    shared: "SharedSuite", scope: str, dist: str
 ) -> None:
+    shared.host.define(state="running")
+    before = shared.host.look()
     write(
-        suite,
+        shared,
         f"""
 @pytest.fixture(scope="{scope}")
 def prepared({scope}_vm): write({scope}_vm, "prepared")
@@ -121,16 +92,63 @@ class TestIt:
         assert read(vm) == []
         write(vm, "dirt")
 """,
-        DIARY,
+        RECORDS,
     )
-    suite.run_apart("-n2", f"--dist={dist}", uri).assert_outcomes(passed=8)
-    pids(suite.pytester.path)
-    assert suite.left_over() == []
+    shared.run_apart("-n2", f"--dist={dist}").assert_outcomes(passed=8)
+    assert len(Record(shared.pytester.path).users()) == 8
+    assert shared.left_over() == []
+    assert shared.host.look() == before
 
 
-def test_what_is_wrong_is_told_once_by_all_workers(suite: "Suite", uri: str) -> None:
-    write(suite, "def test_one(module_vm): pass\ndef test_two(vm): pass\n")
-    result = suite.run_apart("-n2", uri, domain="nowhere")
+@pytest.mark.usefixtures("xdist")
+def test_a_machine_for_the_whole_run_is_refused_where_workers_would_wait_for_it(
+    shared: "SharedSuite",
+) -> None:
+    shared.host.define()
+    before = shared.host.look()
+    shared.write("def test_one(session_vm): pass\ndef test_two(vm): pass\n", RECORDS)
+    result = shared.run_apart("-n2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.assert_outcomes()
+    said = result.stdout.str() + result.stderr.str()
+    assert said.count("2 workers of pytest-xdist would wait for one machine until the run") == 1
+    assert "run with -n 1 at most, name 2 machines" in said
+    assert "INTERNALERROR" not in said
+    assert not (shared.pytester.path / "record").exists()
+    assert shared.host.look() == before
+    assert shared.left_over() == []
+
+
+@pytest.mark.usefixtures("xdist")
+def test_a_machine_for_the_whole_run_is_for_one_worker_each(shared: "SharedSuite") -> None:
+    for name in ("box", "bot"):
+        shared.host.define(name, state="running")
+    before = shared.host.looks()
+    write(
+        shared,
+        """
+@pytest.fixture(scope="session")
+def prepared(session_vm): write(session_vm, "prepared")
+
+@pytest.mark.parametrize("number", range(6))
+def test_prepared(prepared, vm, diary, number):
+    assert read(vm) == ["prepared"]
+    write(vm, "dirt")
+""",
+        RECORDS,
+    )
+    shared.run_apart("-n2", domain="bo*").assert_outcomes(passed=6)
+    record = Record(shared.pytester.path)
+    assert [len(set(record.users(name))) for name in ("box", "bot")] == [1, 1]
+    assert record.count("take", "prepared") == 2
+    assert shared.left_over() == []
+    assert shared.host.looks() == before
+
+
+@pytest.mark.usefixtures("xdist")
+def test_what_is_wrong_is_told_once_by_all_workers(suite: "Suite") -> None:
+    suite.write("def test_one(module_vm): pass\ndef test_two(vm): pass\n")
+    result = suite.run_apart("-n2", domain="nowhere")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.assert_outcomes()
     said = result.stdout.str() + result.stderr.str()
@@ -171,10 +189,9 @@ def test_a_run_that_died_between_our_check_and_our_first_test_is_undone(
     suite.write("def test_one(vm): assert 0")
 
     def check(self: Lab, requests: "Iterable[Request]") -> None:
-        self._checked |= set(requests)
-        domain = self._domain("box")
-        lease = self._lease(domain)
-        journal = self._journal(domain, lease)
+        domain = self._site.domain("box")
+        self._checks.passed |= {(domain.uuid, None)}
+        journal = self._site.journal(domain, self._site.lease(domain))
         journal.test = "test_x.py::test_killed"
         journal.save()
 

@@ -9,7 +9,8 @@ import pytest
 from testdriver import Calls, Host, Suite, disk
 
 from pytest_kvmsnap.lab.journal import Journal
-from pytest_kvmsnap.lab.lease import Lease, folder_for
+from pytest_kvmsnap.lab.lease import Lease
+from pytest_kvmsnap.lab.locks import folder_for
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 

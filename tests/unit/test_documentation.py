@@ -16,7 +16,7 @@ import pytest
 import pytest_kvmsnap
 from pytest_kvmsnap import VM, Disk, Snapshot, fixtures, hooks, markers, plugin, settings
 from pytest_kvmsnap.guest import canary
-from pytest_kvmsnap.lab import lease
+from pytest_kvmsnap.lab import locks
 from pytest_kvmsnap.settings import OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -129,9 +129,9 @@ def test_option_values_that_are_named_are_allowed() -> None:
 def test_folders_of_the_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/qa")
-    assert lease.private_folder() == Path("/home/qa/.local/state/pytest-kvmsnap")
+    assert locks.private_folder() == Path("/home/qa/.local/state/pytest-kvmsnap")
     assert "`pytest-kvmsnap` in\n`$XDG_STATE_HOME` (`~/.local/state`)" in section("Options")
-    shared, _ = lease.folders()
+    shared, _ = locks.folders()
     assert f"`{shared}` for URIs that end in `/system`" in section("Options")
 
 

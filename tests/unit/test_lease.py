@@ -2,11 +2,11 @@
 
 import contextlib
 import os
+import pwd
 import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_kvmsnap.errors import LeaseError
-from pytest_kvmsnap.lab import lease as leases
+from pytest_kvmsnap.lab import locks
 from pytest_kvmsnap.lab.journal import Journal
-from pytest_kvmsnap.lab.lease import Lease, folder_for, folders
+from pytest_kvmsnap.lab.lease import Lease
+from pytest_kvmsnap.lab.locks import folder_for, folders
+from pytest_kvmsnap.lab.waiting import Wait
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 
@@ -26,13 +28,12 @@ if TYPE_CHECKING:
 # Takes the lease beside argv[1], writes a journal there, and holds it until its input ends.
 HOLDER = """
 import sys
-import time
 from pathlib import Path
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease
 
 path = Path(sys.argv[1])
-lease = Lease.beside(path)
+lease = Lease(path)
 assert lease.try_take()
 if "journal" in sys.argv:
     journal = Journal(path, "run", "uri", "box", "uuid")
@@ -72,7 +73,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lease(path: Path) -> Iterator[Lease]:
-    lease = Lease.beside(path)
+    lease = Lease(path)
     yield lease
     lease.release()
 
@@ -104,7 +105,7 @@ def test_it_is_not_inherited_by_a_child(path: Path, lease: Lease) -> None:
     assert lease.try_take()
     with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
         lease.release()
-        other = Lease.beside(path)
+        other = Lease(path)
         taken = other.try_take()
         other.release()
         child.kill()
@@ -150,7 +151,8 @@ def test_an_owner_with_a_journal_that_we_cannot_read_is_told_as_such(
     path.write_text("{")
     with pytest.raises(LeaseError) as caught:
         lease.take("box", 0.1, quiet)
-    assert caught.value.why == "waited 0.1 s for another user's process"
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert caught.value.why == f"waited 0.1 s for a process of the user {user}"
     holder.end()
 
 
@@ -158,7 +160,7 @@ def test_an_owner_with_a_journal_that_we_cannot_read_is_told_as_such(
 
 
 def test_the_locks_file_goes_with_the_lease(path: Path) -> None:
-    lease = Lease.beside(path)
+    lease = Lease(path)
     assert lease.try_take()
     assert names(path.parent) == ["machine.lock"]
     lease.release()
@@ -166,7 +168,7 @@ def test_the_locks_file_goes_with_the_lease(path: Path) -> None:
 
 
 def test_the_locks_file_goes_and_what_must_be_undone_stays(path: Path) -> None:
-    lease = Lease.beside(path)
+    lease = Lease(path)
     assert lease.try_take()
     Journal(path, "run", "uri", "box", "uuid").save()
     lease.release()
@@ -187,7 +189,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_excludes_others_all_the_same(
     assert not lease.try_take()
     holder.end()
     assert lease.try_take()
-    other = Lease.beside(path)
+    other = Lease(path)
     assert not other.try_take()
 
 
@@ -195,10 +197,10 @@ def test_a_release_leaves_the_lock_of_the_next_one_alone(path: Path, lease: Leas
     """Ours removes the file first; somebody may make and lock another before the rest is done."""
     assert lease.try_take()
     path.with_suffix(".lock").unlink()
-    following = Lease.beside(path)
+    following = Lease(path)
     assert following.try_take()
-    lease._lock.release()
-    assert not Lease.beside(path).try_take()
+    lease._lock._lock.release()
+    assert not Lease(path).try_take()
     following.release()
 
 
@@ -235,14 +237,17 @@ def test_a_folder_in_the_place_of_the_lock_is_refused(path: Path, lease: Lease) 
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-    monkeypatch.setattr(leases, "_SHARED", tmp_path / "run" / "shared")
+    monkeypatch.setattr(locks, "_SHARED", tmp_path / "run" / "shared")
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "uri", ["test:///default", "qemu:///session", "qemu:///embed?root=/x", "qemu+ssh://h/session"]
 )
-def test_the_folder_of_other_uris_is_the_users_own(home: Path, uri: str) -> None:
+def test_the_folder_of_other_uris_is_the_users_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     folder = folder_for(uri, None)
     assert folder == home / ".local/state/pytest-kvmsnap"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -250,7 +255,14 @@ def test_the_folder_of_other_uris_is_the_users_own(home: Path, uri: str) -> None
 
 def test_the_folder_follows_xdg(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
-    assert folder_for("qemu:///session", None) == home / "state" / "pytest-kvmsnap"
+    assert folder_for("test:///default", None) == home / "state" / "pytest-kvmsnap"
+
+
+def test_the_session_of_root_is_the_daemon_of_the_system(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert folder_for("qemu:///session", None) == home / "run" / "shared"
 
 
 @pytest.mark.parametrize("uri", ["qemu:///system", "qemu+ssh://host/system", "xen:///system"])
@@ -272,7 +284,7 @@ def test_the_shared_folder_is_not_opened_up_through_a_link(home: Path) -> None:
 
 
 def test_locks_in_the_shared_folder_can_be_opened_by_everyone(home: Path) -> None:
-    lease = Lease.beside(folder_for("qemu:///system", None) / "machine.json")
+    lease = Lease(folder_for("qemu:///system", None) / "machine.json")
     umask = os.umask(0o077)
     try:
         assert lease.try_take()
@@ -341,7 +353,7 @@ def test_nobody_waits_for_it_at_first(lease: Lease) -> None:
 
 
 def test_its_owner_sees_that_somebody_waits_and_that_one_comes_next(path: Path) -> None:
-    lease = Lease.beside(path)
+    lease = Lease(path)
     assert lease.try_take()
     with waiting(path) as other:
         while not lease.is_wanted():
@@ -358,12 +370,11 @@ def test_its_owner_sees_that_somebody_waits_and_that_one_comes_next(path: Path) 
 # Waits for the lease beside argv[1], and writes into a log while it has it.
 WAITER = """
 import sys
-import time
 from pathlib import Path
 from pytest_kvmsnap.lab.lease import Lease
 
 path = Path(sys.argv[1])
-lease = Lease.beside(path)
+lease = Lease(path)
 lease.take("box", 60, lambda _: None)
 path.with_name("log").write_text("other\\n")
 lease.release()
@@ -380,13 +391,12 @@ def waiting(path: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_waiting_begins_anew_with_another_owner(path: Path) -> None:
-    patience = leases._Patience(path, "box", 0.01, quiet)
-    for run in ("one", "two", "three"):
-        Journal(path, run, "uri", "box", "uuid").save()
-        patience.wait_on()
-        time.sleep(0.02)
+    wait = Wait("box", 0.01, quiet)
+    for pid in (1, 2, 3):
+        Journal(path, "run", "uri", "box", "uuid", pid=pid).save()
+        wait.go_on([path])
     with pytest.raises(LeaseError):
-        patience.wait_on()
+        wait.go_on([path])
 
 
 @pytest.mark.parametrize(("ours", "waits"), [("same", True), ("other", False), ("", False)])
@@ -397,22 +407,21 @@ def test_waiting_begins_anew_with_each_test_of_another_worker_of_the_run(
     journal = Journal(path, "run", "uri", "box", "uuid", test="test_one")
     journal.save()
     monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", ours)
-    patience = leases._Patience(path, "box", 0.01, quiet)
-    patience.wait_on()
+    wait = Wait("box", 0.01, quiet)
+    wait.go_on([path])
     journal.test = "test_two"
     journal.save()
-    time.sleep(0.02)
     if waits:
-        patience.wait_on()
+        wait.go_on([path])
     else:
         with pytest.raises(LeaseError):
-            patience.wait_on()
+            wait.go_on([path])
 
 
 def test_who_only_looks_waits_for_others_who_look_and_not_for_a_run(path: Path) -> None:
-    first = Lease.beside(path)
+    first = Lease(path)
     assert first.try_take()
-    other = Lease.beside(path)
+    other = Lease(path)
     assert not other.take_unless_in_use(0.2)
     Journal(path, "run", "uri", "box", "uuid").save()
     assert not other.take_unless_in_use(3600)

@@ -8,6 +8,7 @@ import pytest
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.golden import Golden, NamedFile
 from pytest_kvmsnap.markers import MARKERS, Request, marker_lines, request_of, signature
+from pytest_kvmsnap.pools import Pool
 from pytest_kvmsnap.settings import Settings
 
 NONE = object()
@@ -72,6 +73,10 @@ OPTIONS = Settings(domain="of option", snapshot="snapshot of option")
         (["kvm_snapshot('s')"], OPTIONS, Request("of option", "s")),
         (["kvm_domain('a')", "kvm_domain('b')"], Settings(), Request("b")),
         (["kvm_domain('0')"], OPTIONS, Request("0", "snapshot of option")),
+        (["kvm_domain('a', 'b')"], Settings(), Request(Pool(("a", "b")))),
+        (["kvm_domain('a', 'a')"], Settings(), Request("a")),
+        (["kvm_domain('web-*')", "kvm_snapshot('s')"], OPTIONS, Request(Pool(("web-*",)), "s")),
+        (["kvm_snapshot('s')"], Settings(domain=Pool(("a", "b"))), Request(Pool(("a", "b")), "s")),
     ],
 )
 def test_a_marker_beats_the_option(
@@ -91,10 +96,15 @@ def test_it(): pass
     assert test_of.request(source) == Request("near")
 
 
-@pytest.mark.parametrize("parameter", ["p", "of parameter"])
-def test_a_parameter_beats_marker_and_option(test_of: ItemOf, parameter: str) -> None:
+@pytest.mark.parametrize(
+    ("parameter", "machine"),
+    [("p", "p"), ("of parameter", "of parameter"), ("web-*", Pool(("web-*",)))],
+)
+def test_a_parameter_beats_marker_and_option(
+    test_of: ItemOf, parameter: str, machine: str | Pool
+) -> None:
     request = test_of.request(marked("kvm_domain('a')"), OPTIONS, parameter)
-    assert request == Request(parameter, "snapshot of option")
+    assert request == Request(machine, "snapshot of option")
 
 
 @pytest.mark.parametrize("parameter", [7, "", "  ", ["a"], 0, False])
@@ -117,10 +127,11 @@ def test_no_domain_is_told_with_the_ways_to_name_one(test_of: ItemOf) -> None:
     ("marker", "why"),
     [
         ("kvm_domain()", "no domain is named"),
-        ("kvm_domain('a', 'b')", "several domains (a pool) are not supported yet"),
         ("kvm_domain(None)", "a name must be text, not None"),
         ("kvm_domain('')", "a name must be text, not ''"),
         ("kvm_domain(['a'])", "a name must be text, not ['a']"),
+        ("kvm_domain('a', 7)", "a name must be text, not 7"),
+        ("kvm_domain('a', '')", "a name must be text, not ''"),
         ("kvm_domain(name='a')", "got an unexpected keyword argument 'name'"),
         ("kvm_snapshot()", "missing a required argument: 'name'"),
         ("kvm_snapshot('a', 'b')", "too many positional arguments"),
