@@ -41,13 +41,12 @@ class Machines:
     def __init__(self, uri: str, image: Path, folder: Path) -> None:
         from pytest_kvmsnap.golden import Golden
         from pytest_kvmsnap.lab.clones import Clones
+        from pytest_kvmsnap.lab.site import Site
         from pytest_kvmsnap.lab.voice import Voice
-        from pytest_kvmsnap.machine.libvirt_api import connect
         from pytest_kvmsnap.settings import Settings
 
-        self._hypervisor = connect(uri)
-        settings = Settings(lock_dir=folder)
-        self._clones = Clones(settings, Voice(print, lambda *_: None), "bench")
+        settings = Settings(uri=uri, lock_dir=folder)
+        self._clones = Clones(Site(settings, Voice(print, lambda *_: None)))
         self._golden = Golden(image, "qcow2", memory=128 * 2**20, folders=(image.parent,))
         self.making: list[float] = []
         self.removing: list[float] = []
@@ -56,7 +55,7 @@ class Machines:
         from pytest_kvmsnap.guest.ready import wait_ready
 
         start = time.perf_counter()
-        machine, lease = self._clones.make(self._golden, self._hypervisor)
+        machine, lease = self._clones.make(self._golden)
         self.making.append(time.perf_counter() - start)
         if boot:
             machine.domain.start()
