@@ -368,7 +368,7 @@ class Machine:
         """Have a machine run on that a libvirt which died stopped.
 
         It leaves the guest paused if it was taking a snapshot. The next one may end QEMU: it takes
-        the answer to the old one for its own (seen on 9.0, in 6 of 40 snapshots).
+        the answer to the old one for its own (seen on 9.0, in a few of 40 snapshots).
         """
         if self._is_halted:
             state = self.domain.state()
