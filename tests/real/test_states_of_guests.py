@@ -216,34 +216,6 @@ def test_is_ready_at_once(rebooted, vm):
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)
 
 
-def test_run_killed_in_a_prepared_test_is_undone_by_the_next(
-    machine: Machine, suite: Suite, pytester: pytest.Pytester
-) -> None:
-    keep_a_copy(machine)
-    sign = pytester.path / "in-test"
-    suite.write(
-        f"""
-import pathlib, time
-
-@pytest.fixture(scope="module")
-def database(module_vm):
-    module_vm.run("echo data > /root/data; sync", check=True)
-    module_vm.snapshot("of-the-preparation")
-
-def test_hangs(database, vm):
-    pathlib.Path({str(sign)!r}).touch()
-    time.sleep(600)
-"""
-    )
-    suite.run_until(sign, f"--kvmsnap-domain={machine.name}")
-    suite.write("def test_plain(vm): assert vm.run('cat /root/data').stdout == ''")
-    result = suite.run(f"--kvmsnap-domain={machine.name}")
-    result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines([f"kvmsnap: put {machine.name} back as found (shut off)*"])
-    assert (machine.state, machine.snapshots) == ("shut off", [])
-    assert is_as_made(machine)
-
-
 def test_debugger_finds_the_machine_as_the_test_left_it(
     machine: Machine, suite: Suite, pytester: pytest.Pytester
 ) -> None:
