@@ -44,6 +44,7 @@ def ask(name):
 @pytest.fixture(scope="module")
 def prepared(module_vm):
     module_vm.write_text("/opt/abc", "prepared")
+    module_vm.snapshot("of-the-preparation")
 
 def test_first(vm):
     vm.run("echo dirt > /opt/abc; touch /run/dirt /root/dirt; sync", check=True)
