@@ -387,8 +387,12 @@ def test_runs_that_need_two_machines_in_opposite_order_do_not_get_stuck(
 
 
 PINNED = """
+import time
+
 @pytest.mark.kvm_domain("web")
-def test_alpha(vm, diary): await_waiters(2)
+def test_alpha(vm, diary):
+    await_waiters(2)
+    time.sleep(1)  # so that the one who waits looks for others who do
 
 @pytest.mark.kvm_domain("db")
 def test_beta(vm): pass
@@ -649,7 +653,7 @@ def test_the_journal_of_the_next_worker_names_itself(left_clean: LeftClean) -> N
     left_clean.make()
     left_clean.journal.pid, left_clean.journal.test = 1, ""
     left_clean.journal.save()
-    (left_clean.suite.pytester.path / "test_journal.py").write_text(
+    (left_clean.suite.pytester.path / "test_the_next_one.py").write_text(
         f"""
 import json, os, pathlib
 
@@ -661,6 +665,6 @@ def test_next(vm):
     assert journal["clean"] is None
 """
     )
-    result = left_clean.suite.run("test_journal.py")
+    result = left_clean.suite.run("test_the_next_one.py")
     result.assert_outcomes(passed=1)
     assert left_clean.host.look() == left_clean.before

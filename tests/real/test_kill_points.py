@@ -179,7 +179,7 @@ RUNNING = {
     "first journal is a draft": Point(f"before {DRAFT}", is_told=False),
     "journal written": Point(f"after {JOURNAL}.save"),
     "block planted": Point(f"after {CANARY}.plant"),
-    "later journal is a draft": Point(f"before {DRAFT} 4"),
+    "found taken, journal of it is a draft": Point(f"before {DRAFT} 4"),
     "found being taken": Point(f"amid {TAKE} found"),
     "found being taken, with libvirt": Point(f"amid {TAKE} found", with_daemon=True),
     "found in the image alone": Point(f"halfway {TAKE} found"),

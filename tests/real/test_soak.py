@@ -121,11 +121,11 @@ class Soak:
 
     def _in_test(self) -> list[str]:
         """Return the machines that a test is just using, by a worker that lives."""
-        notes = self._suite.file("diary")
+        notes, workers = self._suite.file("diary"), self._workers()
         return [
             machine
             for number, machine, pid in self._begun()
-            if f"end {number} {machine} {pid}" not in notes and pid in self._workers()
+            if pid in workers and f"end {number} {machine} {pid}" not in notes
         ]
 
     # the runs
@@ -154,6 +154,7 @@ class Soak:
                 stderr=file,
             )
         is_stuck = self._wait_for(self._run)
+        self._run = None
         sys.stdout.write(said.read_text())
         assert not is_stuck, f"nothing happened for {STUCK} s"
 
@@ -210,12 +211,11 @@ class Soak:
 
     def _workers(self) -> list[str]:
         """Return the processes of the workers that live."""
-        pids: list[str] = []
-        with contextlib.suppress(OSError):  # the run is over
-            for children in Path(f"/proc/{self._run.pid if self._run else 0}").glob(
-                "task/*/children"
-            ):
-                pids += children.read_text().split()
+        run, pids = self._run, []
+        if run is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                for children in Path(f"/proc/{run.pid}").glob("task/*/children"):
+                    pids += children.read_text().split()
         return pids
 
     def _kill_worker(self) -> bool:
@@ -239,8 +239,10 @@ class Soak:
         for pid_file in self._lab.folder.glob("run/libvirt/qemu/**/*.pid"):
             if pid_file.stem in machines:
                 with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                    os.kill(int(pid_file.read_text()), signal.SIGKILL)
-                    return True
+                    pid = int(pid_file.read_text())
+                    if f"guest={pid_file.stem}," in Path(f"/proc/{pid}/cmdline").read_text():
+                        os.kill(pid, signal.SIGKILL)
+                        return True
         return False
 
 
