@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.preflight import OURS
 
 _VERSION = 2
+_saving = threading.Lock()  # a test may take snapshots in several threads
 
 
 def testrun() -> str:
@@ -109,18 +111,19 @@ class Journal:
         Raises:
             LeaseError: somebody else keeps the place of its draft.
         """
-        content = dataclasses.asdict(self) | {"version": _VERSION}
-        del content["path"]
-        draft = draft_of(self.path)
-        try:
-            with os.fdopen(_new(draft), "w") as file:
-                json.dump(content, file, default=str)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
-        except BaseException:
-            remove_draft(self.path)
-            raise
+        with _saving:
+            content = dataclasses.asdict(self) | {"version": _VERSION}
+            del content["path"]
+            draft = draft_of(self.path)
+            try:
+                with os.fdopen(_new(draft), "w") as file:
+                    json.dump(content, file, default=str)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(self.path)
+            except BaseException:
+                remove_draft(self.path)
+                raise
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,11 @@ def test_another_users_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LeaseError, match="cannot read what an earlier run left") as caught:
         journals.load(path)
     assert "belongs to another user" in caught.value.why
+
+
+def test_threads_may_save_it_at_once(path: Path) -> None:
+    """A test may take snapshots in several, each of which is noted first."""
+    journal = Journal(path, "run", "uri", "box", "uuid")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: journal.save(), range(200)))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
