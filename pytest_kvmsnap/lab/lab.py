@@ -57,6 +57,7 @@ class Lab:
         self._chosen: dict[Pool, str] = {}
         self._test = ""  # for people who wait while it waits itself
         self._unfit: dict[str, KvmsnapError] = {}  # by UUID, those that could not be had
+        self._lost: dict[str, KvmsnapError] = {}  # that failed when they were ours
         self._clones = Clones(self._site)
         self._checks = Checks(self._site, self._clones)
         self.unproven: dict[str, list[str]] = {}
@@ -189,6 +190,12 @@ class Lab:
         """
         domains = self._checks.domains(machine)
         if not isinstance(machine, Pool):
+            if domains[0].uuid in self._lost:
+                raise QuarantinedError(
+                    "the machine is in quarantine, since it failed before",
+                    where=domains[0].where,
+                    why=str(self._lost[domains[0].uuid]),
+                )
             return domains
         failed = self._unfit | {
             domain.uuid: self._held[domain.uuid].machine.failure
@@ -228,19 +235,22 @@ class Lab:
     def replace_failed(self) -> None:
         """Have the next test get another machine for one that failed, where there are others.
 
-        A throwaway machine is thrown away; of a pool another one serves.
+        A throwaway machine is thrown away; of a pool another one serves. One that others wait for
+        is theirs to try, and of no more use to us.
         """
         for key, held in list(self._held.items()):
-            if not held.machine.has_failed:
+            if held.machine.failure is None:
                 continue
             if isinstance(key, Golden):
                 self._clones.failed(key, held.machine)
-                try:
-                    self._give_up(key)
-                except KvmsnapError as error:
-                    self._voice.line(str(error))
+            elif key in self._chosen.values() or held.lease.is_wanted():
+                self._unfit[key] = self._lost[key] = held.machine.failure
             else:
-                self._choose_no_more(key)
+                continue
+            try:
+                self._give_up(key)
+            except KvmsnapError as error:
+                self._voice.line(str(error))
 
     def _choose_no_more(self, key: _Key) -> None:
         self._chosen = {pool: uuid for pool, uuid in self._chosen.items() if uuid != key}

@@ -35,6 +35,7 @@ def revert(domain: Domain, journal: Journal, snapshot: str, timeout: float) -> N
     if domain.has_managed_save():
         domain.remove_managed_save()
     domain.revert(snapshot, timeout)
+    _define_again(domain, journal)  # where QEMU died in it, libvirt 9.0 may leave it transient
     if journal.found is not None:
         domain.set_autostart(journal.found.autostart)
 

@@ -330,6 +330,8 @@ TESTS = """
 def test_machine(vm, number, pytestconfig):
     with open(pytestconfig.rootpath / "used", "a") as file:
         print(vm.name, file=file)
+    held = pytestconfig.rootpath.parent / f"{pytestconfig.rootpath.name}-locks"
+    assert len(list(held.glob("*.lock"))) == 1, "one that failed is let go, for others to try"
 """
 
 

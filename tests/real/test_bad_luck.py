@@ -79,7 +79,7 @@ def test_never_ready(make_machine: Maker, suite: Suite, tmp_path: Path, console:
     definition.write_text(no_init)
     machine.define(definition)
     suite.write(ONE_TEST + "def test_too(vm): pass\n")
-    result = suite.run(f"--kvmsnap-domain={machine.name}", "--kvmsnap-ready-timeout=8")
+    result = suite.run(f"--kvmsnap-domain={machine.name}", "--kvmsnap-ready-timeout=12")
     result.assert_outcomes(errors=2)
     said = result.stdout.str()
     assert "the machine did not get ready" in said

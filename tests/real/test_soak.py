@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from daemonlab import DaemonLab, DaemonSuite
@@ -28,21 +28,29 @@ STUCK = 300
 
 # Each test leaves marks with its number in the guest, in memory and on the disk, and sees no other.
 TESTS = """
-import os, pathlib, random, time
+import os, pathlib, random, signal, time
 
 def note(*words):
     with open("diary", "a") as diary:
         print(*words, file=diary)
 
+def die_if_doomed(vm):
+    time.sleep(random.random() / 4)
+    doom = pathlib.Path("doomed", vm.name)
+    if doom.exists():
+        os.kill(int(next(pathlib.Path(PIDS).glob(f"**/{vm.name}.pid")).read_text()), signal.SIGKILL)
+        doom.unlink()
+
 @pytest.mark.parametrize("number", pathlib.Path("untried").read_text().split())
 def test_owns_it(vm, number):
     note("begin", number, vm.name, os.getpid())
     try:
+        die_if_doomed(vm)
         marks = vm.run(f"cd /root; touch {number} /run/{number}.m; ls -A . /run/*.m", check=True)
         assert marks.stdout == f"/run/{number}.m\\n\\n.:\\n{number}\\n"
         if int(number) % 4 == 0:
             vm.snapshot("of-the-test")
-        time.sleep(random.random() / 2)
+        die_if_doomed(vm)
         vm.run("true", check=True)
     finally:
         note("end", number, vm.name, os.getpid())
@@ -75,16 +83,25 @@ class Soak:
     """
 
     def __init__(
-        self, suite: DaemonSuite, lab: DaemonLab, count: int, pace: int, chance: random.Random
+        self,
+        suite: DaemonSuite,
+        lab: DaemonLab,
+        machines: Sequence[str],
+        count: int,
+        pace: int,
+        chance: random.Random,
     ) -> None:
         self.kills: Counter[str] = Counter()
+        self._machines = machines
         self._suite = suite
         self._lab = lab
         self._numbers = [str(number) for number in range(1, count + 1)]
         self._pace = pace
         self._chance = chance
         self._run: subprocess.Popen[bytes] | None = None
-        suite.write(TESTS, CONFTEST)
+        pids = lab.folder / "run" / "libvirt" / "qemu"
+        suite.write(f"PIDS = {str(pids)!r}\n{TESTS}", CONFTEST)
+        (suite.folder / "doomed").mkdir()
         for name in ("diary", "results"):
             (suite.folder / name).touch()
 
@@ -114,19 +131,9 @@ class Soak:
         """Return the tests that saw marks of others."""
         return [number for number, parts in self.results().items() if "call mixed" in parts]
 
-    def _begun(self) -> list[tuple[str, str, str]]:
-        """Return the tests that began: number, machine, process."""
-        notes = [line.split() for line in self._suite.file("diary")]
-        return [(note[1], note[2], note[3]) for note in notes if note[0] == "begin"]
-
-    def _in_test(self) -> list[str]:
-        """Return the machines that a test is just using, by a worker that lives."""
-        notes, workers = self._suite.file("diary"), self._workers()
-        return [
-            machine
-            for number, machine, pid in self._begun()
-            if pid in workers and f"end {number} {machine} {pid}" not in notes
-        ]
+    def _begun(self) -> int:
+        """Return how many tests began."""
+        return sum(note.startswith("begin") for note in self._suite.file("diary"))
 
     # the runs
 
@@ -201,13 +208,13 @@ class Soak:
         due = 0
         kinds: list[str] = []
         while not is_over.wait(0.05):
-            if len(self._begun()) < due:
+            if self._begun() < due:
                 continue
             time.sleep(self._chance.random())  # at any moment of a test's way
             kinds = kinds or self._chance.sample(sorted(acts), len(acts))
             if acts[kinds[-1]]():
                 self.kills[kinds.pop()] += 1
-                due = len(self._begun()) + self._chance.randint(1, 2 * self._pace - 1)
+                due = self._begun() + self._chance.randint(1, 2 * self._pace - 1)
 
     def _workers(self) -> list[str]:
         """Return the processes of the workers that live."""
@@ -231,19 +238,17 @@ class Soak:
         return True
 
     def _kill_qemu(self) -> bool:
-        """Kill a machine in a test: in its set-up it would rightly be in quarantine.
+        """Have the next test on a machine kill it: elsewhere a machine that dies is in quarantine.
 
-        Nor would one that was found running come back, once the run has given it up.
+        And one that was found running would not come back, once the run has given it up.
         """
-        machines = self._in_test()
-        for pid_file in self._lab.folder.glob("run/libvirt/qemu/**/*.pid"):
-            if pid_file.stem in machines:
-                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                    pid = int(pid_file.read_text())
-                    if f"guest={pid_file.stem}," in Path(f"/proc/{pid}/cmdline").read_text():
-                        os.kill(pid, signal.SIGKILL)
-                        return True
-        return False
+        doom = self._suite.folder / "doomed" / self._chance.choice(self._machines)
+        doom.touch()
+        while self._run is not None and doom.exists():
+            time.sleep(0.05)
+        is_done = not doom.exists()
+        doom.unlink(missing_ok=True)
+        return is_done
 
 
 def test_all_tests_are_tried_and_machines_are_as_found(
@@ -259,7 +264,8 @@ def test_all_tests_are_tried_and_machines_are_as_found(
         machines.append(Kept(daemon_lab, "soak-on", "running"))
         machines.append(Kept(daemon_lab, "soak-off", "shut off"))
         pace = 3 if is_short else 6
-        soak = Soak(daemon_suite, daemon_lab, count, pace, random.Random(seed))
+        names, chance = [machine.name for machine in machines], random.Random(seed)
+        soak = Soak(daemon_suite, daemon_lab, names, count, pace, chance)
         with soak.killing():
             runs = soak.run("--kvmsnap-domain=soak-*")
         passed, lost, kills = soak.passed(), soak.lost(), soak.kills
