@@ -83,7 +83,7 @@ def test_never_ready(make_machine: Maker, suite: Suite, tmp_path: Path, console:
     result.assert_outcomes(errors=2)
     said = result.stdout.str()
     assert "the machine did not get ready" in said
-    assert "waited 8 s for the guest agent to answer" in said
+    assert "waited 12 s for the guest agent to answer" in said
     assert "end Kernel panic - not syncing" in said.partition("its console said last")[2]
     assert "the machine is in quarantine" in said
     assert [trace for trace in NO_TRACE if trace in said] == []
