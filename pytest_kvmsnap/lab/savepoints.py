@@ -72,7 +72,7 @@ class Savepoints:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody needs the machine just now. One in quarantine stays with us."""
+        """Whether nobody needs the machine just now. One that failed is never idle."""
         return not self.holders and not self._is_in_test and not self.machine.has_failed
 
     def reserve(self) -> None:
