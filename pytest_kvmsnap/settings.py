@@ -178,6 +178,15 @@ OPTIONS = (
         "{auto,check,never}",
     ),
     Option(
+        "revert",
+        _one_of("force", "fast"),
+        "force",
+        "force",
+        "force: libvirt's revert, with force; fast: inside the running QEMU where that is provably"
+        " the same, else force",
+        "{force,fast}",
+    ),
+    Option(
         "live",
         _yes_no,
         True,
@@ -266,6 +275,7 @@ class Settings:
     template: NamedFile | None = None
     image_path: tuple[Path, ...] = ()
     convert: Literal["auto", "check", "never"] = "auto"
+    revert: Literal["force", "fast"] = "force"
     live: bool = True
     verify: Literal["canary", "state"] = "canary"
     ready: Literal["agent", "none"] | None = None

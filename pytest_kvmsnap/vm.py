@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
-from pytest_kvmsnap.guest.ready import Ready, set_clock, wait_ready
+from pytest_kvmsnap.guest.clock import set_clock
+from pytest_kvmsnap.guest.ready import Ready, wait_ready
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot

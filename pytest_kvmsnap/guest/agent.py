@@ -84,15 +84,26 @@ class Agent:
                 return self._answer(name, json.dumps(request), timeout)
             except AgentError as error:
                 is_new = self._domain.hypervisor.was_reopened_within(_NEW)
-                if not (is_new and _NOT_YET in error.why):
+                is_to_come = is_new or self._domain.agent_port is not None
+                if not (is_to_come and _NOT_YET in error.why):
                     error.cure = self._cure(name, error.why)
                     raise
             time.sleep(0.05)
 
     def _answer(self, name: str, request: str, timeout: int) -> Any:
+        port = self._domain.agent_port
+        told = port.answer(request, timeout) if port is not None else None
+        if told is not None:
+            return self._checked(name, told)
         with self._domain.telling(f"the guest agent did not do {name}", AgentError):
             reply = libvirt_qemu.qemuAgentCommand(self._domain.raw, request, timeout, 0)
         return json.loads(reply).get("return")
+
+    def _checked(self, name: str, answer: Mapping[str, Any]) -> Any:
+        if "error" in answer:
+            what = f"the guest agent did not do {name}"
+            raise AgentError(what, where=self._domain.where, why=answer["error"]["desc"])
+        return answer.get("return")
 
     @staticmethod
     def _cure(name: str, why: str) -> str:

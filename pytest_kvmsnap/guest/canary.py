@@ -10,39 +10,32 @@ import subprocess
 from dataclasses import dataclass
 
 from pytest_kvmsnap.errors import AgentError
-from pytest_kvmsnap.guest.agent import Agent
+from pytest_kvmsnap.guest.agent import Agent, Finished
+from pytest_kvmsnap.guest.clock import Clock
 
 MEMORY = "/run/pytest-kvmsnap.canary"
 DISK = "/var/tmp/pytest-kvmsnap.canary"  # noqa: S108 - a path of the guest
 _BLOCK = 4096
 
-# The scripts get their paths and the token as arguments; each prints one word last.
+# The scripts get their paths and the token as arguments. They start as few processes as they can:
+# right after a revert each takes a guest some milliseconds, in software emulation some dozens.
 _PLANT = """
-set -e
-dd if=/dev/zero of="$1" bs=4096 count=1 conv=fsync 2>/dev/null
-echo planted
+exec dd if=/dev/zero of="$1" bs=4096 count=1 conv=fsync
 """
 _MARK = """
-set -e
 umask 077
-echo "$3" > "$1"
-dd of="$2" bs=4096 count=1 iflag=fullblock oflag=direct conv=notrunc,fsync 2>/dev/null
-echo marked
+echo "$3" > "$1" || exit
+exec dd of="$2" bs=4096 count=1 iflag=fullblock oflag=direct conv=notrunc,fsync
 """
-# "absent" means that the system says so: any other error proves nothing
+# What is said of the memory and of the disk goes to the standard error, parted by a line.
 _LOOK = """
 LC_ALL=C; export LC_ALL
-if said=$(cat "$1" 2>&1); then echo "memory: $1 is still there"; exit; fi
-case $said in *"No such file"*) ;; *) echo "memory: $said"; exit ;; esac
-if said=$(cat "$2" 2>&1 >/dev/null); then
-    case $(dd if="$2" iflag=direct bs=4096 count=1 2>/dev/null | tr -d '\\000') in
-        *"$3"*) echo "disk: $2 still has the mark"; exit ;;
-    esac
-else
-    case $said in *"No such file"*) ;; *) echo "disk: $said"; exit ;; esac
-fi
-echo gone
+true < "$1"
+echo -- >&2
+exec dd if="$2" iflag=direct bs=4096 count=1
 """
+_LINE = "--\n"
+_NOT_RUN = (126, 127)
 
 
 @dataclass(frozen=True)
@@ -54,28 +47,53 @@ class Canary:
 
     def plant(self) -> bool:
         """Allocate the block on the disk, for a snapshot that is about to be taken."""
-        return self._said(_PLANT, DISK) == "planted"
+        return self._is_done(_PLANT, DISK)
 
     def mark(self) -> bool:
         """Make both marks, right before a revert; False when the guest cannot take them."""
         block = self.token.encode().ljust(_BLOCK, b"\0")
-        return self._said(_MARK, MEMORY, DISK, self.token, stdin=block) == "marked"
+        return self._is_done(_MARK, MEMORY, DISK, self.token, stdin=block)
 
-    def look(self) -> str | None:
-        """Look for the marks, right after a revert.
+    def look(self, clock: Clock) -> str | None:
+        """Look for the marks, right after a revert, and set the guest's clock.
 
         Returns what is wrong: nothing ("") when they are gone, None when the guest cannot look.
         """
-        said = self._said(_LOOK, MEMORY, DISK, self.token)
-        return "" if said == "gone" else said or None
+        script, arguments = clock.script()
+        done = self._done(script + _LOOK, *arguments, MEMORY, DISK)
+        word, _, block = done.stdout.partition(b"\n") if done is not None else (b"", b"", b"")
+        clock.heard(word.decode(errors="replace"))
+        if done is None:
+            return None
+        of_memory, line, of_disk = done.stderr.decode(errors="replace").partition(_LINE)
+        if not line or done.status in _NOT_RUN:
+            return None
+        return self._wrong(of_memory, block, of_disk if done.status else "")
+
+    def _wrong(self, of_memory: str, block: bytes, of_disk: str) -> str:
+        if not of_memory:
+            return f"memory: {MEMORY} is still there"
+        if not _says_absent(of_memory):
+            return f"memory: {of_memory.strip()}"
+        if self.token.encode() in block:
+            return f"disk: {DISK} still has the mark"
+        return f"disk: {of_disk.strip()}" if of_disk and not _says_absent(of_disk) else ""
 
     def remove(self) -> None:
         """Remove the block on the disk again."""
-        self._said('rm -f "$1"', DISK)
+        self._done('rm -f "$1"', DISK)
 
-    def _said(self, script: str, *arguments: str, stdin: bytes | None = None) -> str:
+    def _is_done(self, script: str, *arguments: str, stdin: bytes | None = None) -> bool:
+        done = self._done(script, *arguments, stdin=stdin)
+        return done is not None and done.status == 0
+
+    def _done(self, script: str, *arguments: str, stdin: bytes | None = None) -> Finished | None:
         try:
-            done = self.agent.run(["/bin/sh", "-c", script, "sh", *arguments], stdin=stdin)
+            return self.agent.run(["/bin/sh", "-c", script, "sh", *arguments], stdin=stdin)
         except (AgentError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout.decode(errors="replace").strip()
+            return None
+
+
+def _says_absent(said: str) -> bool:
+    """Tell whether the system says that there is no such file: any other error proves nothing."""
+    return "no such file" in said.lower()

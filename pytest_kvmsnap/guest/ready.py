@@ -1,15 +1,13 @@
-"""Waiting until a machine can be used, and setting its clock after a jump in time."""
+"""Waiting until a machine can be used."""
 
-import contextlib
 import time
 from typing import Literal
 
-from pytest_kvmsnap.errors import AgentError, AgentLostError, NotReadyError
+from pytest_kvmsnap.errors import AgentLostError, NotReadyError
 from pytest_kvmsnap.guest.agent import LOST, Agent
 from pytest_kvmsnap.guest.console import console_tail
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import libvirt
 
 Ready = Literal["agent", "none"]
 
@@ -69,17 +67,3 @@ def _not_ready(domain: Domain, why: str, console: str) -> NotReadyError:
         cure="is qemu-guest-agent installed and started in the guest? Without it use"
         " --kvmsnap-ready=none; for a slow machine raise --kvmsnap-ready-timeout",
     )
-
-
-def set_clock(domain: Domain) -> None:
-    """Set the guest's clock to the host's: after a revert it stands at the time of the snapshot.
-
-    By libvirt where the guest has `hwclock` (within 20 ms, measured), else by `date`, which takes
-    whole seconds. A guest that can do neither keeps its time.
-    """
-    now = time.time()
-    try:
-        domain.raw.setTime({"seconds": int(now), "nseconds": int(now % 1 * 1e9)})  # type: ignore[arg-type]
-    except libvirt.libvirtError:
-        with contextlib.suppress(AgentError):
-            Agent(domain).run(["date", "-s", f"@{round(time.time())}"])

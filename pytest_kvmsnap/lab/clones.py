@@ -89,7 +89,8 @@ class Clones:
         with _undone_if_it_fails(domain, journal, lease):
             journal.save()
             clone.make(domain, golden, self.base(golden), journal.clone)
-            return Machine(domain, journal, site.settings, site.slots), lease
+            machine = Machine(domain, journal, site.settings, site.slots, site.voice.line)
+            return machine, lease
 
     def _name(self, golden: Golden) -> str:
         label = re.sub(r"[^\w-]", "-", golden.image.stem, flags=re.ASCII)[:40]

@@ -20,8 +20,10 @@ from pytest_kvmsnap.errors import (
 )
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
-from pytest_kvmsnap.guest.ready import means_of, set_clock, wait_ready
+from pytest_kvmsnap.guest.clock import Clock, set_clock
+from pytest_kvmsnap.guest.ready import means_of, wait_ready
 from pytest_kvmsnap.lab import restore
+from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.lab.growth import Growth
 from pytest_kvmsnap.lab.journal import Clean, Journal
 from pytest_kvmsnap.lab.slots import Slots
@@ -49,13 +51,22 @@ class Machine:
     machine is in quarantine, None while it is not.
     """
 
-    def __init__(self, domain: Domain, journal: Journal, settings: Settings, slots: Slots) -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        journal: Journal,
+        settings: Settings,
+        slots: Slots,
+        tell: Callable[[str], None],
+    ) -> None:
         self.domain = domain
         self.unproven: list[str] = []
         self._journal = journal
         self._settings = settings
         self._slots = slots
         self._ready = means_of(domain, settings.ready)
+        self._fast = FastReverts(domain, tell) if settings.revert == "fast" else None
+        self._clock = Clock(domain)
         self._found = journal.found or restore.look(domain)  # found by the worker before us
         self._growth = Growth(domain, settings.growth_limit)
         self._powers = {snapshot.name: snapshot.state for snapshot in domain.snapshots()}
@@ -150,6 +161,8 @@ class Machine:
         with self._in_quarantine_if_it_fails():
             if not self._stands_at(snapshot):
                 self._revert(snapshot)
+            elif self._fast is not None:
+                self._fast.note(snapshot)  # perhaps another worker brought it there
             if not as_kept:
                 self._bring_up(snapshot)
 
@@ -218,12 +231,15 @@ class Machine:
             QuarantinedError: the machine failed before.
             MachineError: that failed; the machine is in quarantine from now on.
         """
-        if self._forgotten:
-            with self._in_quarantine_if_it_fails():
-                self._despite_a_loss(self._delete_forgotten)
+        with self._in_quarantine_if_it_fails():
+            self._despite_a_loss(self._delete_forgotten)
 
     def _delete_forgotten(self) -> None:
+        if not self._forgotten:
+            return
         restore.delete(self.domain, self._forgotten.__contains__)
+        if self._fast is not None:
+            self._fast.deleted(self._forgotten)
         self._forgotten.clear()
 
     def waits_for(self, journals: list[str]) -> None:
@@ -248,6 +264,7 @@ class Machine:
         )
         self._journal.test = ""
         self._journal.save()
+        self._let_go()
         return True
 
     def close(self) -> None:
@@ -261,6 +278,13 @@ class Machine:
         except ConnectionLostError as error:
             error.cure = "the next run puts the machine back, or pytest --kvmsnap-clean does"
             raise
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.domain.hang_up()
+        if self._fast is not None:
+            self._fast.close()
 
     def _leave_as_found(self) -> None:
         self._go_on()
@@ -362,7 +386,13 @@ class Machine:
         self._powers[name] = taken.state
         self._journal.taken[name] = self.domain.snapshot_xmls()[name]
         self._journal.save()
-        self._stand = _Stand(name, self.domain.fingerprint())
+        self._stands_now_at(name)
+
+    def _stands_now_at(self, snapshot: str) -> None:
+        """Note that the machine was just brought to a snapshot."""
+        self._stand = _Stand(snapshot, self.domain.fingerprint())
+        if self._fast is not None:
+            self._fast.note(snapshot)
 
     def _go_on(self) -> None:
         """Have a machine run on that a libvirt which died stopped.
@@ -420,9 +450,11 @@ class Machine:
     def _arrive(self) -> None:
         """Wait for a machine that just came up; set its clock and look for marks."""
         wait_ready(self.domain, self._ready, self._settings.ready_timeout)
-        if self._ready == "agent":
+        left: str | None = ""
+        if self._marked is not None:
+            left = self._marked.look(self._clock)
+        elif self._ready == "agent":
             set_clock(self.domain)
-        left = self._marked.look() if self._marked is not None else ""
         self._marked = None  # only now: a lost connection leaves them to the next revert
         if left is None:
             self.unproven.append(self._user)
@@ -450,13 +482,17 @@ class Machine:
         if is_unproven:
             self.unproven.append(self._user)
         self._is_used = False
-        self._stand = _Stand(snapshot, self.domain.fingerprint())
+        self._stands_now_at(snapshot)
 
     def _revert_once(self, snapshot: str) -> None:
         with self._slots.one():
-            restore.revert(self.domain, self._journal, snapshot, self._settings.revert_timeout)
-            restore.delete(self.domain, lambda name: name not in self._powers)
-            self._forgotten.clear()
+            timeout = self._settings.revert_timeout
+            if self._fast is not None and self._fast.revert(snapshot, timeout):
+                self._delete_forgotten()  # the test took none of its own, so these are all
+            else:
+                restore.revert(self.domain, self._journal, snapshot, timeout)
+                restore.delete(self.domain, lambda name: name not in self._powers)
+                self._forgotten.clear()
             self._check_state(snapshot)
             if self._powers[snapshot] == "running":
                 self._arrive()

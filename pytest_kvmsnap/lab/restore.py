@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pytest_kvmsnap.errors import MachineError
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
-from pytest_kvmsnap.guest.ready import Ready, means_of, set_clock, wait_ready
+from pytest_kvmsnap.guest.clock import set_clock
+from pytest_kvmsnap.guest.ready import Ready, means_of, wait_ready
 from pytest_kvmsnap.lab.journal import Found, Journal
 from pytest_kvmsnap.machine import clone, conversion, orphans
 from pytest_kvmsnap.machine.domain import Domain
@@ -54,7 +55,7 @@ def _define_again(domain: Domain, journal: Journal) -> None:
 
 def delete(domain: Domain, is_over: Callable[[str], bool]) -> None:
     """Delete the snapshots whose names `is_over` tells, children first."""
-    for name in reversed(domain.snapshot_xmls()):
+    for name in reversed(domain.snapshot_names()):
         if is_over(name):
             domain.delete_snapshot(name)
 

@@ -6,12 +6,15 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domainxml import Snapshot
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, libvirt_qemu
+
+if TYPE_CHECKING:
+    from pytest_kvmsnap.machine.agentport import AgentPort
 
 STATES = {
     libvirt.VIR_DOMAIN_NOSTATE: "no state",
@@ -35,8 +38,8 @@ UNMIGRATABLE = (
 )
 
 
-class _NotDestroyedError(MachineError):
-    """libvirt says that it did not pull the plug."""
+class _NotDoneError(MachineError):
+    """libvirt says that it did not end the machine."""
 
 
 class Fingerprint(NamedTuple):
@@ -49,13 +52,17 @@ class Fingerprint(NamedTuple):
 
 
 class Domain:
-    """A domain of a hypervisor, found by its UUID, so that a rename does not lose it."""
+    """A domain of a hypervisor, found by its UUID, so that a rename does not lose it.
+
+    `agent_port` is the way to its agent while libvirt does not see that, None at other times.
+    """
 
     def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
         self.hypervisor = hypervisor
         self.uuid = uuid
         self.name = name
         self.where = f"{name} at {hypervisor.uri}"
+        self.agent_port: AgentPort | None = None
 
     def telling(
         self, what: str, kind: type[KvmsnapError] = MachineError
@@ -63,7 +70,8 @@ class Domain:
         """Turn libvirt's errors into ours, as `Hypervisor.telling` does."""
         return self.hypervisor.telling(what, self.where, kind)
 
-    def _tolerating(self, what: str) -> contextlib.AbstractContextManager[None]:
+    def tolerating(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Go on where libvirt does not do something, as `Hypervisor.tolerating` does."""
         return self.hypervisor.tolerating(what, self.where)
 
     @property
@@ -96,6 +104,11 @@ class Domain:
     def is_active(self) -> bool:
         with self.telling("cannot read the state"):
             return bool(self.raw.isActive())
+
+    def id(self) -> int:
+        """Return libvirt's number of a running machine, a new one with each start; -1 when off."""
+        with self.telling("cannot read the state"):
+            return self.raw.ID()
 
     def xml(self, *, inactive: bool = False) -> str:
         """Return the live XML, or the persistent definition, secrets included."""
@@ -137,9 +150,9 @@ class Domain:
         reconnected to a QEMU whose client had been killed), so the state decides.
         """
         try:
-            with self.telling("cannot destroy the machine", _NotDestroyedError):
+            with self.telling("cannot destroy the machine", _NotDoneError):
                 self.raw.destroy()
-        except _NotDestroyedError:
+        except _NotDoneError:
             end = time.monotonic() + 10
             while self.is_active():
                 if time.monotonic() > end:
@@ -152,8 +165,13 @@ class Domain:
         Raises:
             MachineError: it was not off within `timeout` seconds.
         """
-        with self.telling("cannot shut the machine down"):
-            self.raw.shutdown()
+        self.await_agent()
+        try:
+            with self.telling("cannot shut the machine down", _NotDoneError):
+                self.raw.shutdown()
+        except _NotDoneError:  # libvirt says so too when the guest is quicker than its call
+            if self.is_active():
+                raise
         self._wait_until(lambda: not self.is_active(), "it did not shut down", timeout)
 
     def reboot(self, timeout: float, *, by_agent: bool) -> None:
@@ -162,6 +180,7 @@ class Domain:
         Left to choose, libvirt presses the power button as well when the agent is gone before it
         answered, and the guest reboots twice (seen on 9.0, on a busy computer).
         """
+        self.await_agent()
         flags = libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT if by_agent else 0
         booted = threading.Event()
         what = "cannot reboot the machine"
@@ -224,6 +243,11 @@ class Domain:
         with self.telling("cannot list the snapshots"):
             return [domainxml.snapshot(s.getXMLDesc()) for s in self._listed_snapshots()]
 
+    def snapshot_names(self) -> list[str]:
+        """Return the names of the snapshots, parents before children."""
+        with self.telling("cannot list the snapshots"):
+            return [s.getName() for s in self._listed_snapshots()]
+
     def snapshot_xmls(self) -> dict[str, str]:
         """Return the XML of all snapshots by name, parents before children."""
         with self.telling("cannot list the snapshots"):
@@ -280,9 +304,6 @@ class Domain:
     def revert(self, name: str, timeout: float) -> None:
         """Revert to a snapshot with force; the machine is then in the snapshot's power state.
 
-        libvirt's call has neither progress nor abort, so it runs in a thread of its own; beyond
-        `timeout` seconds the machine is destroyed, which ends the call.
-
         Raises:
             RevertError: it failed, or took too long.
         """
@@ -294,7 +315,19 @@ class Domain:
                 snapshot = raw.snapshotLookupByName(name)
                 raw.revertToSnapshot(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE)
 
-        call = _Call(force)
+        self.within(timeout, force, what)
+
+    def within(self, timeout: float, revert: Callable[[], None], what: str) -> None:
+        """Revert within `timeout` seconds.
+
+        The calls for it have neither progress nor abort, so they run in a thread of their own;
+        beyond the time the machine is destroyed, which ends them.
+
+        Raises:
+            RevertError: it took too long.
+        """
+        self.hang_up()
+        call = _Call(revert)
         if not call.ended_within(timeout):
             self.destroy()
             call.ended_within(30)
@@ -315,7 +348,7 @@ class Domain:
         for some: for 30 s at most, and then that is the answer.
         """
         jobs = (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
-        with self._tolerating("cannot look for a job"):  # a driver without jobs, or it is off now
+        with self.tolerating("cannot look for a job"):  # a driver without jobs, or it is off now
             raw = self.raw
             control: Any = raw.controlInfo()  # the binding's annotation is wrong, twice
             if control[0] == libvirt.VIR_DOMAIN_CONTROL_JOB:
@@ -333,7 +366,7 @@ class Domain:
         """Return which disks of a running machine are just being copied, by their targets."""
         found = []
         for disk in disks:
-            with self._tolerating("cannot look for block jobs"):  # a driver without them has none
+            with self.tolerating("cannot look for block jobs"):  # a driver without them has none
                 if self.raw.blockJobInfo(disk.target):
                     found.append(disk.target)
         return found
@@ -341,7 +374,7 @@ class Domain:
     def end_block_jobs(self) -> None:
         """Abort the block jobs of a running machine: they make a revert fail (libvirt error 55)."""
         for target in self.block_jobs(self.disks()) if self.is_active() else ():
-            with self._tolerating("cannot end a block job"):  # it ended meanwhile
+            with self.tolerating("cannot end a block job"):  # it ended meanwhile
                 self.raw.blockJobAbort(target)
 
     def migration_blockers(self) -> list[str]:
@@ -350,19 +383,46 @@ class Domain:
         libvirt logs the taint "custom-monitor" for it. It asks the same itself, but only when the
         snapshot is to be taken.
         """
-        with self.telling("cannot ask QEMU what it can save"):
-            told = libvirt_qemu.qemuMonitorCommand(self.raw, '{"execute": "query-migrate"}', 0)
-        reasons: list[str] = json.loads(told).get("return", {}).get("blocked-reasons", [])
+        reasons: list[str] = self.monitor("query-migrate").get("blocked-reasons", [])
         return reasons
+
+    def monitor(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Give QEMU's monitor one command and return its answer.
+
+        Raises:
+            MachineError: QEMU refused, or libvirt did not pass it on.
+        """
+        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        what = f"QEMU did not do {command}"
+        with self.telling(what):
+            told = json.loads(libvirt_qemu.qemuMonitorCommand(self.raw, json.dumps(request), 0))
+        if "error" in told:
+            raise MachineError(what, where=self.where, why=told["error"]["desc"])
+        return told["return"]
+
+    def hang_up(self) -> None:
+        """Let go of the way past libvirt to the guest's agent, if there is one."""
+        if self.agent_port is not None:
+            self.agent_port.close()
+
+    def await_agent(self) -> None:
+        """Wait until libvirt sees the agent, should it have lost sight of it by a fast revert."""
+        if self.agent_port is not None:
+            self.agent_port.wait()
+
+    def sees_agent(self) -> bool:
+        """Tell whether libvirt takes the guest's agent for connected."""
+        return domainxml.sees_agent(self.xml())
 
     def addresses(self) -> list[str]:
         """Return the network addresses of a running guest, as far as anybody knows them."""
+        self.await_agent()
         for source in (
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT,
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
         ):
-            with self._tolerating("cannot ask for the addresses"):
+            with self.tolerating("cannot ask for the addresses"):
                 interfaces: dict[str, Any] = self.raw.interfaceAddresses(source)  # type: ignore[assignment]
                 told = [each["addrs"] or () for each in interfaces.values()]
                 found = [address["addr"] for addresses in told for address in addresses]
@@ -372,7 +432,7 @@ class Domain:
 
     def memory_in_use(self) -> int:
         """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
-        with self._tolerating("cannot ask how much memory is in use"):
+        with self.tolerating("cannot ask how much memory is in use"):
             statistics: dict[str, int] = self.raw.memoryStats()  # type: ignore[assignment]
             resident = statistics.get("rss")
             if resident:

@@ -147,6 +147,12 @@ def has_agent_channel(domain_xml: str | ET.Element) -> bool:
     return any(target.get("name") == AGENT_CHANNEL for target in targets)
 
 
+def sees_agent(domain_xml: str | ET.Element) -> bool:
+    """Tell whether libvirt takes the agent for connected, by the live XML."""
+    targets = parsed(domain_xml).iterfind("./devices/channel/target[@state='connected']")
+    return any(target.get("name") == AGENT_CHANNEL for target in targets)
+
+
 def has_9p(domain_xml: str | ET.Element) -> bool:
     """Tell whether the host shares a folder with the machine by 9p, QEMU's own way."""
     shared = parsed(domain_xml).iterfind("./devices/filesystem[@type='mount']")

@@ -88,7 +88,7 @@ class Hypervisor:
 
     Objects of libvirt's die with the connection that they are of: nobody keeps one for longer than
     a call. `kind` is libvirt's name of the driver, such as `QEMU` or `TEST`. `is_away` tells that
-    the last try to open the connection again was in vain.
+    the last try to open the connection again was in vain, `times_opened` counts the others.
     """
 
     def __init__(self, connection: libvirt.virConnect, asked: str | None) -> None:
@@ -101,6 +101,7 @@ class Hypervisor:
         self._lock = threading.RLock()  # a revert runs in a thread of its own
         self._opening: Future[libvirt.virConnect] | None = None
         self.is_away = False
+        self.times_opened = 1
         self._reopened: float | None = None
 
     @property
@@ -117,6 +118,7 @@ class Hypervisor:
                 # last who lets go of it closes it.
                 self._connection = self._open_again()
                 self._reopened = time.monotonic()
+                self.times_opened += 1
                 _wait_until_settled(self._connection, 0.05)
             return self._connection
 

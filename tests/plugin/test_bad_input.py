@@ -219,6 +219,7 @@ BAD_VALUES = [
     ("convert", "maybe", "must be one of: auto, check, never"),
     ("live", "maybe", "must be yes or no"),
     ("verify", "", "must be one of: canary, state"),
+    ("revert", "slow", "must be one of: force, fast"),
     ("ready", "telepathy", "must be one of: agent, none"),
     ("ready-timeout", "0", "must be a number of seconds above 0"),
     ("revert-timeout", "soon", "must be a number of seconds"),

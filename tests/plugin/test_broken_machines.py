@@ -3,6 +3,7 @@
 Mocks throughout: the test driver never fails.
 """
 
+import base64
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -133,7 +134,7 @@ class Marks:
         self.log.append("mark")
         return not Marks.is_lost
 
-    def look(self) -> str:
+    def look(self, _: object) -> str:
         self.log.append("look")
         return ""
 
@@ -395,28 +396,27 @@ class Guest:
 
     def command(self, _agent: object, name: str, arguments: Any = None, **_: Any) -> Any:
         if name == "guest-exec":
-            self.said = self._run(arguments["arg"])
+            self.did = self._run(arguments["arg"])
             return {"pid": 7}
         if name == "guest-exec-status":
-            import base64
-
-            data = base64.b64encode(self.said.encode()).decode()
-            return {"exited": True, "exitcode": 0, "out-data": data}
+            status, said = self.did
+            data = base64.b64encode(said.encode()).decode()
+            return {"exited": True, "exitcode": status, "err-data": data}
         return {}
 
-    def _run(self, arguments: list[str]) -> str:
+    def _run(self, arguments: list[str]) -> tuple[int, str]:
+        """Return the status of a script, and what it says on its standard error."""
         script = "".join(arguments)
-        if "echo planted" in script:
+        if "if=/dev/zero" in script:
             self.planted += 1
-            return "planted"
-        if "echo marked" in script:
+        elif "umask" in script:
             self.marked = self.takes_marks
-            return "marked" if self.takes_marks else "Read-only file system"
-        if "echo gone" in script:
+            return (0, "") if self.takes_marks else (1, "Read-only file system")
+        elif "echo --" in script:
             self.looks += 1
-            return "memory: /run/canary is still there" if self.marked else "gone"
+            return 0, "--\n" if self.marked else "cannot open: No such file\n--\n"
         self.removed += "rm -f" in script
-        return ""
+        return 0, ""
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Guest":
         from pytest_kvmsnap.guest.agent import Agent
@@ -467,7 +467,7 @@ def test_a_mark_that_is_still_there_after_a_revert_is_an_error(
         [
             "*ERROR at teardown of test_one*",
             "the revert did not bring the machine back",
-            "*a mark made right before it was not gone after it; memory: /run/canary is still*",
+            "*a mark made right before it was not gone after it; memory: /run/*.canary is still*",
         ]
     )
 

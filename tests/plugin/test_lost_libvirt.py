@@ -345,7 +345,7 @@ class Marks:
         self._take_turn("mark")
         return True
 
-    def look(self) -> str:
+    def look(self, _: object) -> str:
         self._take_turn("look")
         return ""
 

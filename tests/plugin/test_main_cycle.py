@@ -359,3 +359,13 @@ def test_what_a_test_did_is_undone_before_a_snapshot_of_the_same_name_is_taken(
         """
     )
     suite.run().assert_outcomes(passed=2)
+
+
+def test_fast_reverts_need_qemu(suite: "Suite", host: "Host", calls: "Calls") -> None:
+    host.define(state="running")
+    suite.write("def test_one(vm): pass\ndef test_two(vm): pass")
+    result = suite.run("--kvmsnap-revert=fast")
+    result.assert_outcomes(passed=2)
+    assert calls.count("revert") == 2
+    said = "kvmsnap: box: reverted by force, not fast: the driver of that libvirt is not QEMU's"
+    assert result.outlines.count(said) == 1

@@ -1,6 +1,7 @@
 """A plugin for the runs inside of the real tests: reaps dead QEMUs and records what is done.
 
-Each line of the file named by KVMSNAP_RECORD is one call: `take NAME`, `revert NAME`, …
+Each line of the file named by KVMSNAP_RECORD is one call: `take_snapshot NAME`, `revert NAME`,
+`load NAME` (a revert inside QEMU), …
 """
 
 import contextlib
@@ -26,17 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _record(path: Path) -> None:
+    from pytest_kvmsnap.machine import fast_revert
     from pytest_kvmsnap.machine.domain import Domain
 
     def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
-        def wrapper(self: Domain, *args: Any, **kwargs: Any) -> Any:
+        def wrapper(domain: Domain, *args: Any, **kwargs: Any) -> Any:
             with path.open("a") as file:
                 named = args[0] if args and isinstance(args[0], str) else ""
-                print(self.name, name, named, file=file)
-            return call(self, *args, **kwargs)
+                print(domain.name, name, named, file=file)
+            return call(domain, *args, **kwargs)
 
         return wrapper
 
     for name in RECORDED:
         setattr(Domain, name, recorded(name, getattr(Domain, name)))
+    fast_revert.load = recorded("load", fast_revert.load)

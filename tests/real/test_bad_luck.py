@@ -125,18 +125,20 @@ def test_canary_sees_a_disk_that_was_not_reverted(machine: Machine, suite: Suite
         """
 from pytest_kvmsnap.guest import canary
 from pytest_kvmsnap.guest.agent import Agent
+from pytest_kvmsnap.guest.clock import Clock
 
 def test_marks(vm):
     marks = canary.Canary(Agent(vm._domain), "token")
-    assert marks.look() == ""
+    clock = Clock(vm._domain)
+    assert marks.look(clock) == ""
     assert marks.mark()
-    assert marks.look().startswith("memory: ")
+    assert marks.look(clock).startswith("memory: ")
     vm.run(["rm", canary.MEMORY], check=True)
-    assert marks.look().startswith("disk: ")
+    assert marks.look(clock).startswith("disk: ")
     vm.run(["rm", canary.DISK], check=True)
-    assert marks.look() == ""
+    assert marks.look(clock) == ""
     vm.run("ln -s /run/loop /run/loop; rm -f /var/tmp/*; ln -s /run/loop " + canary.DISK)
-    assert marks.look().startswith("disk: ")  # an error that is not "no such file"
+    assert marks.look(clock).startswith("disk: ")  # an error that is not "no such file"
 """
     )
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)

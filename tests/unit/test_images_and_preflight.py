@@ -644,6 +644,21 @@ def test_a_destroy_that_complains_and_works_is_no_error(
     assert domain.state() == "shut off"
 
 
+def test_guest_that_is_off_before_libvirt_is_done_asking_it(
+    host: Host, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mock, of what a guest did on a busy computer."""
+    domain = box(host, hypervisor, state="running")
+
+    def shutdown(self: libvirt.virDomain) -> None:
+        self.destroy()
+        raise libvirt.libvirtError("domain is not running")
+
+    monkeypatch.setattr(libvirt.virDomain, "shutdown", shutdown)
+    domain.shutdown(5)
+    assert domain.state() == "shut off"
+
+
 def test_a_machine_that_does_not_shut_down_is_told(
     host: Host, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

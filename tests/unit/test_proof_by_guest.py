@@ -8,6 +8,7 @@ import pytest
 from pytest_kvmsnap.guest import canary as canaries
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
+from pytest_kvmsnap.guest.clock import Clock
 
 if TYPE_CHECKING:
     from localguest import LocalGuest
@@ -56,7 +57,25 @@ def canary(agent: Agent, disks: Disks) -> Canary:
     return Canary(agent, "token-1")
 
 
-def test_a_whole_revert_is_believed(canary: Canary, disks: Disks) -> None:
+class UnsetClock(Clock):
+    """A clock that is left alone: it is this computer's."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def script(self) -> tuple[str, list[str]]:
+        return "echo $1; shift 1\n", ["left-alone"]
+
+    def heard(self, word: str) -> None:
+        self.words.append(word)
+
+
+@pytest.fixture
+def clock() -> UnsetClock:
+    return UnsetClock()
+
+
+def test_a_whole_revert_is_believed(canary: Canary, clock: UnsetClock, disks: Disks) -> None:
     assert canary.plant()
     saved = disks.save()
     assert saved == {disks.disk: bytes(4096)}
@@ -65,33 +84,40 @@ def test_a_whole_revert_is_believed(canary: Canary, disks: Disks) -> None:
     assert disks.disk.read_bytes() == b"token-1".ljust(4096, b"\0")
     disks.revert(disks.memory, saved)
     disks.revert(disks.disk, saved)
-    assert canary.look() == ""
+    assert canary.look(clock) == ""
+    assert clock.words == ["left-alone"]
 
 
-def test_a_revert_without_the_memory_is_found_out(canary: Canary, disks: Disks) -> None:
+def test_a_revert_without_the_memory_is_found_out(
+    canary: Canary, clock: UnsetClock, disks: Disks
+) -> None:
     canary.plant()
     saved = disks.save()
     canary.mark()
     disks.revert(disks.disk, saved)
-    assert canary.look() == f"memory: {disks.memory} is still there"
+    assert canary.look(clock) == f"memory: {disks.memory} is still there"
 
 
-def test_a_revert_without_the_disk_is_found_out(canary: Canary, disks: Disks) -> None:
+def test_a_revert_without_the_disk_is_found_out(
+    canary: Canary, clock: UnsetClock, disks: Disks
+) -> None:
     canary.plant()
     saved = disks.save()
     canary.mark()
     disks.revert(disks.memory, saved)
-    assert canary.look() == f"disk: {disks.disk} still has the mark"
+    assert canary.look(clock) == f"disk: {disks.disk} still has the mark"
 
 
-def test_the_mark_of_another_revert_is_no_mark(canary: Canary, agent: Agent, disks: Disks) -> None:
+def test_the_mark_of_another_revert_is_no_mark(
+    canary: Canary, clock: UnsetClock, agent: Agent, disks: Disks
+) -> None:
     """As after a test from a named snapshot, whose disk holds what an earlier run left."""
     disks.disk.write_bytes(b"token-0".ljust(4096, b"\0"))
-    assert canary.look() == ""
+    assert canary.look(clock) == ""
 
 
-def test_a_block_that_was_never_there_is_gone(canary: Canary) -> None:
-    assert canary.look() == ""
+def test_a_block_that_was_never_there_is_gone(canary: Canary, clock: UnsetClock) -> None:
+    assert canary.look(clock) == ""
 
 
 def test_the_block_is_overwritten_in_place(canary: Canary, disks: Disks) -> None:
@@ -103,17 +129,21 @@ def test_the_block_is_overwritten_in_place(canary: Canary, disks: Disks) -> None
     assert disks.disk.stat().st_size == 8192
 
 
-def test_an_error_other_than_absence_proves_nothing(canary: Canary, disks: Disks) -> None:
+def test_an_error_other_than_absence_proves_nothing(
+    canary: Canary, clock: UnsetClock, disks: Disks
+) -> None:
     disks.memory.mkdir()
-    said = canary.look()
+    said = canary.look(clock)
     assert said is not None
     assert said.startswith("memory: ")
     assert "irectory" in said
 
 
-def test_a_disk_that_cannot_be_read_proves_nothing(canary: Canary, disks: Disks) -> None:
+def test_a_disk_that_cannot_be_read_proves_nothing(
+    canary: Canary, clock: UnsetClock, disks: Disks
+) -> None:
     disks.disk.mkdir()
-    said = canary.look()
+    said = canary.look(clock)
     assert said is not None
     assert said.startswith("disk: ")
 
@@ -126,24 +156,24 @@ def test_a_guest_that_cannot_write_takes_no_marks(canary: Canary, disks: Disks) 
 
 @pytest.mark.parametrize("command", ["guest-exec", "guest-exec-status"])
 def test_a_guest_that_runs_nothing_neither_marks_nor_looks(
-    canary: Canary, local_guest: "LocalGuest", command: str
+    canary: Canary, clock: UnsetClock, local_guest: "LocalGuest", command: str
 ) -> None:
     local_guest.refusals = {command: "disabled"}
     assert not canary.plant()
     assert not canary.mark()
-    assert canary.look() is None
+    assert canary.look(clock) is None
     canary.remove()
 
 
 def test_a_guest_whose_shell_is_broken_neither_marks_nor_looks(
-    canary: Canary, local_guest: "LocalGuest"
+    canary: Canary, clock: UnsetClock, local_guest: "LocalGuest"
 ) -> None:
     local_guest.replies = {
         "guest-exec": {"pid": 1},
         "guest-exec-status": {"exited": True, "exitcode": 127},
     }
     assert not canary.mark()
-    assert canary.look() is None
+    assert canary.look(clock) is None
 
 
 def test_removing_removes_the_block(canary: Canary, disks: Disks) -> None:

@@ -10,7 +10,7 @@ from localguest import WHERE
 from testdriver import disk
 
 from pytest_kvmsnap.errors import AgentError, AgentLostError, NotReadyError
-from pytest_kvmsnap.guest import ready
+from pytest_kvmsnap.guest import clock, ready
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.console import ConsoleTail, console_tail
 from pytest_kvmsnap.machine.domain import Domain
@@ -234,8 +234,8 @@ def test_an_open_console_is_closed_at_the_end(box: Box, monkeypatch: pytest.Monk
 def test_the_clock_is_set_by_libvirt(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(libvirt.virDomain, "setTime", lambda self, time: given.append(time))
-    monkeypatch.setattr("pytest_kvmsnap.guest.ready.time.time", lambda: 1700000000.25)
-    ready.set_clock(box.define())
+    monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time", lambda: 1700000000.25)
+    clock.set_clock(box.define())
     assert given == [{"seconds": 1700000000, "nseconds": 250000000}]
 
 
@@ -250,12 +250,12 @@ def test_else_by_date_and_else_not_at_all(
         raise libvirt.libvirtError("no hwclock")
 
     monkeypatch.setattr(libvirt.virDomain, "setTime", refuse)
-    monkeypatch.setattr("pytest_kvmsnap.guest.ready.time.time", lambda: 1700000000.25)
+    monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time", lambda: 1700000000.25)
     local_guest.replies = {
         "guest-exec": {"pid": 1},
         "guest-exec-status": {"exited": True, "exitcode": 0},
     }
     local_guest.refusals = refusals
-    ready.set_clock(box.define())
+    clock.set_clock(box.define())
     asked = local_guest.requests[0]["arguments"]
     assert (asked["path"], asked["arg"]) == ("date", ["-s", "@1700000000"])

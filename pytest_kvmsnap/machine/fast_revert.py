@@ -1,0 +1,234 @@
+"""A revert inside the running QEMU, where it is provably the same as libvirt's.
+
+libvirt's own revert ends QEMU and starts another. QMP's `snapshot-load` (QEMU 6.0 and newer,
+https://qemu.readthedocs.io/en/latest/interop/qemu-qmp-ref.html) brings back what QEMU knows of the
+guest: memory, devices, disks. It brings back nothing of what libvirt knows, nor a device that came
+or went since. So it is used only while nothing of that differs from how the machine looked when it
+came to the snapshot by libvirt. The use of the monitor is not supported by libvirt, which logs the
+taint "custom-monitor" (https://libvirt.org/kbase/domainstatecapture.html and virDomainQemuMonitor).
+"""
+
+import json
+import secrets
+import time
+import xml.etree.ElementTree as ET
+from typing import Any, NamedTuple
+
+from pytest_kvmsnap.errors import RevertError
+from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
+
+_POLL = (0.001, 0.02)
+"""Seconds between looks at the job: at first, at most. QEMU mostly answers when it is done."""
+_SETTLING = 2.0
+"""Seconds for libvirt to hear from QEMU that the guest runs again."""
+
+
+class Look(NamedTuple):
+    """All that a revert inside QEMU would leave as it is, so that it must not have changed.
+
+    `process` tells one QEMU process, and one connection of ours to its libvirt, from another.
+    `tags` are, by the node of each writable drive, the snapshot that it would be brought back to.
+    """
+
+    state: str
+    process: tuple[int, int]
+    live: str
+    inactive: str
+    autostart: bool
+    current: str | None
+    managed_save: bool
+    snapshots: frozenset[str]
+    devices: frozenset[str]
+    drives: str
+    tags: dict[str, Any]
+    jobs: list[str]
+    reboots: int
+
+
+_CHANGES = {
+    "state": "its state is another",
+    "process": "it is another QEMU process, or libvirt was away",
+    "live": "its live definition changed (a device, its memory, a link, …)",
+    "inactive": "it was redefined",
+    "autostart": "its autostart flag changed",
+    "current": "another snapshot is the current one",
+    "managed_save": "it has a managed save",
+    "snapshots": "snapshots came or went",
+    "devices": "QEMU has other devices",
+    "drives": "its drives changed",
+    "tags": "its images hold another snapshot of that name",
+    "jobs": "QEMU is busy with a job",
+    "reboots": "the guest rebooted",
+}
+
+
+class Watch:
+    """Counts the reboots of a guest, which leave no trace in what can be asked for.
+
+    By QEMU's own event: of libvirt's, a program can have one registration for each machine, which
+    a test may want for itself.
+    """
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._registered: tuple[libvirt.virConnect, int] | None = None
+        self.count = 0
+
+    def start(self) -> None:
+        """Begin to count, on the connection that is open now."""
+        with self._domain.telling("cannot watch for reboots"):
+            raw = self._domain.raw
+            connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
+            if self._registered is not None and self._registered[0] is connection:
+                return
+            number = libvirt_qemu.qemuMonitorEventRegister(
+                connection, raw, "RESET", self._note, None
+            )
+            self._registered = connection, number
+
+    def stop(self) -> None:
+        registered, self._registered = self._registered, None
+        if registered is not None:
+            connection, number = registered
+            with self._domain.tolerating("cannot end the watch for reboots"):
+                libvirt_qemu.qemuMonitorEventDeregister(connection, number)
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+
+
+def look(domain: Domain, snapshot: str, reboots: int) -> Look:
+    """Return how a running machine looks now, in view of a revert to a snapshot.
+
+    Raises:
+        MachineError: libvirt or QEMU does not let us look.
+    """
+    drives = _drives(domain)
+    return Look(
+        state=domain.state(),
+        process=(domain.id(), domain.hypervisor.times_opened),
+        live=_without_channel_states(domain.xml()),
+        inactive=domain.xml(inactive=True),
+        autostart=domain.autostart(),
+        current=domain.current(),
+        managed_save=domain.has_managed_save(),
+        snapshots=frozenset(domain.snapshot_names()),
+        devices=_devices(domain),
+        drives=json.dumps([_steady(drive) for drive in drives], sort_keys=True),
+        tags=_tags(drives, snapshot),
+        jobs=[job["id"] for job in domain.monitor("query-jobs")],
+        reboots=reboots,
+    )
+
+
+def changes(before: Look, now: Look) -> list[str]:
+    """Return in words what differs between two looks."""
+    return [
+        words for name, words in _CHANGES.items() if getattr(before, name) != getattr(now, name)
+    ]
+
+
+def unfit(at: Look) -> str | None:
+    """Return why a machine that looks so cannot be reverted inside its QEMU, None when it can."""
+    if at.jobs:
+        return _CHANGES["jobs"]
+    if not at.tags or None in at.tags.values():
+        return "not every writable drive holds the snapshot"
+    if len(_with_memory(at)) != 1:
+        return "the snapshot holds no memory"
+    return None
+
+
+def load(domain: Domain, snapshot: str, at: Look, timeout: float) -> None:
+    """Bring a running machine back to a snapshot, within its QEMU.
+
+    The guest runs then, and libvirt may not see its agent for a second (see `agentport`).
+
+    Raises:
+        RevertError: it failed, or took more than `timeout` seconds. The guest must not be resumed:
+            it may be half of the one and half of the other.
+    """
+    what = f"cannot revert to the snapshot {snapshot!r} inside QEMU"
+    job = f"kvmsnap-{secrets.token_hex(4)}"
+    arguments = {
+        "job-id": job,
+        "tag": snapshot,
+        "vmstate": _with_memory(at)[0],
+        "devices": list(at.tags),
+    }
+
+    def work() -> None:
+        domain.monitor("snapshot-load", arguments)
+        error = _ended(domain, job)
+        domain.monitor("job-dismiss", {"id": job})
+        status = domain.monitor("query-status")["status"]
+        if error or status != "running":
+            raise RevertError(what, where=domain.where, why=error or f"QEMU says: {status}")
+
+    domain.within(timeout, work, what)
+    end = time.monotonic() + _SETTLING
+    while domain.state() != "running" and time.monotonic() < end:
+        time.sleep(_POLL[1])
+
+
+def _ended(domain: Domain, job: str) -> str | None:
+    """Wait for the job; return its error."""
+    pause, longest = _POLL
+    while True:
+        told = {each["id"]: each for each in domain.monitor("query-jobs")}
+        if job not in told:
+            return "QEMU forgot the job"
+        if told[job]["status"] == "concluded":
+            error: str | None = told[job].get("error")
+            return error
+        time.sleep(pause)
+        pause = min(pause * 2, longest)
+
+
+def _without_channel_states(live: str) -> str:
+    """Return the live XML without what libvirt sees of the guest's ends of channels."""
+    root = ET.fromstring(live)
+    for target in root.iterfind("./devices/channel/target"):
+        target.attrib.pop("state", None)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _devices(domain: Domain) -> frozenset[str]:
+    """Return the devices, with those that were added behind libvirt's back."""
+    return frozenset(
+        f"{path}/{entry['name']} {entry['type']}"
+        for path in ("/machine/peripheral", "/machine/peripheral-anon")
+        for entry in domain.monitor("qom-list", {"path": path})
+    )
+
+
+def _drives(domain: Domain) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = domain.monitor("query-block")
+    return told
+
+
+def _steady(drive: dict[str, Any]) -> dict[str, Any]:
+    """Return of a drive what does not change by its use: its medium, its limits, its tray."""
+    plain = {**drive, **drive.get("inserted", {})}
+    return {
+        key: value
+        for key, value in plain.items()
+        if key != "io-status" and isinstance(value, str | int | bool)
+    }
+
+
+def _tags(drives: list[dict[str, Any]], snapshot: str) -> dict[str, Any]:
+    """Return the snapshot as each writable node holds it, None where one does not."""
+    tags = {}
+    for drive in drives:
+        medium = drive.get("inserted")
+        if medium and not medium["ro"]:
+            held = medium["image"].get("snapshots", [])
+            tag = next((each for each in held if each["name"] == snapshot), None)
+            tags[medium["node-name"]] = tag
+    return tags
+
+
+def _with_memory(at: Look) -> list[str]:
+    return [node for node, tag in at.tags.items() if tag and tag["vm-state-size"]]
