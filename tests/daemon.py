@@ -58,6 +58,7 @@ class Daemon:
         self._process: subprocess.Popen[bytes] | None = None
         for name in MASKED.values():
             (folder / name).mkdir()
+        (folder / "run" / "lock").mkdir()  # of consoles and channels that clients open
         self._configure()
 
     def uri(self, driver: str = "qemu", socket: Path | None = None, transport: str = "unix") -> str:

@@ -28,6 +28,7 @@ LOST = "not available due to an error"
 # to 0.3 s, measured). It says so before anything went to the guest, so the command can be repeated.
 _NOT_YET = "agent is not connected"
 _NEW = 5.0  # seconds for that
+_PING = 5  # seconds
 _POLL = (0.003, 0.05)  # seconds between looks at a running command: at first, at most
 
 # Kills a process and all that descend from it. The agent starts commands in its own process
@@ -61,8 +62,10 @@ class Agent:
 
     def silence(self) -> AgentError | None:
         """Return why the agent does not answer right now, None when it does."""
+        port = self._domain.agent_port
         try:
-            self.command("guest-ping", timeout=5)
+            if port is None or not port.is_answered(_PING):
+                self.command("guest-ping", timeout=_PING)
         except AgentError as error:
             return error
         return None

@@ -65,6 +65,15 @@ class AgentPort:
         """Wait until libvirt sees the agent, for what libvirt itself asks of it."""
         self._is_over.wait(_LONGEST_GAP)
 
+    def is_answered(self, timeout: float) -> bool:
+        """Tell whether the agent answers here; if not, it is libvirt's to ask.
+
+        Raises:
+            AgentError: there is no answer within `timeout` seconds.
+        """
+        with self._lock:
+            return self._opened(timeout) is not None
+
     def answer(self, request: str, timeout: float) -> Any:
         """Return the agent's whole answer to a request, None when it is libvirt's to ask.
 
@@ -72,16 +81,21 @@ class AgentPort:
             AgentError: there is no answer within `timeout` seconds.
         """
         with self._lock:
-            if self._is_over.is_set() or self._is_seen():
-                self._end_if_over()
+            line = self._opened(timeout)
+            if line is None:
                 return None
             try:
-                if self._line is None:
-                    self._line = _Line(self._domain, timeout)
-                return self._line.answer(request, timeout)
+                return line.answer(request, timeout)
             except KvmsnapError:
                 self._hang_up()
                 raise
+
+    def _opened(self, timeout: float) -> "_Line | None":
+        if self._is_over.is_set() or self._is_seen():
+            self._end_if_over()
+        elif self._line is None:
+            self._line = _Line(self._domain, timeout)
+        return self._line
 
     def _until_seen(self) -> None:
         with contextlib.suppress(KvmsnapError):  # of what broke, the next command tells

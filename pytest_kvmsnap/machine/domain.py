@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
@@ -49,6 +49,19 @@ class Fingerprint(NamedTuple):
     id: int
     current: str | None
     definition: str
+
+
+class Outside(NamedTuple):
+    """What libvirt knows of a machine, in words and XML; `id` changes with each start."""
+
+    state: str
+    id: int
+    live: str
+    inactive: str
+    autostart: bool
+    current: str | None
+    managed_save: bool
+    snapshots: frozenset[str]
 
 
 class Domain:
@@ -105,11 +118,6 @@ class Domain:
         with self.telling("cannot read the state"):
             return bool(self.raw.isActive())
 
-    def id(self) -> int:
-        """Return libvirt's number of a running machine, a new one with each start; -1 when off."""
-        with self.telling("cannot read the state"):
-            return self.raw.ID()
-
     def xml(self, *, inactive: bool = False) -> str:
         """Return the live XML, or the persistent definition, secrets included."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE
@@ -131,6 +139,22 @@ class Domain:
                 id=raw.ID(),
                 current=_current_name(raw),
                 definition=hashlib.sha256(definition.encode()).hexdigest(),
+            )
+
+    def outside(self) -> Outside:
+        """Return all that libvirt knows of the machine, in as few calls as that takes."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE
+        with self.telling("cannot look at the machine"):
+            raw = self.raw
+            return Outside(
+                state=_state_of(raw),
+                id=raw.ID(),
+                live=raw.XMLDesc(flags),
+                inactive=raw.XMLDesc(flags | libvirt.VIR_DOMAIN_XML_INACTIVE),
+                autostart=bool(raw.autostart()),
+                current=_current_name(raw),
+                managed_save=bool(raw.hasManagedSaveImage()),
+                snapshots=frozenset(each.getName() for each in raw.listAllSnapshots()),
             )
 
     # power
@@ -392,10 +416,22 @@ class Domain:
         Raises:
             MachineError: QEMU refused, or libvirt did not pass it on.
         """
+        (answer,) = self.monitored([(command, arguments)])
+        return answer
+
+    def monitored(self, commands: Sequence[tuple[str, dict[str, Any] | None]]) -> list[Any]:
+        """Give QEMU's monitor several commands, one after another; like `monitor`."""
+        with self.telling("cannot use QEMU's monitor"):
+            raw = self.raw
+        return [self._monitored(raw, *command) for command in commands]
+
+    def _monitored(
+        self, raw: libvirt.virDomain, command: str, arguments: dict[str, Any] | None
+    ) -> Any:
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         what = f"QEMU did not do {command}"
         with self.telling(what):
-            told = json.loads(libvirt_qemu.qemuMonitorCommand(self.raw, json.dumps(request), 0))
+            told = json.loads(libvirt_qemu.qemuMonitorCommand(raw, json.dumps(request), 0))
         if "error" in told:
             raise MachineError(what, where=self.where, why=told["error"]["desc"])
         return told["return"]

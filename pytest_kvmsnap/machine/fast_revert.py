@@ -18,6 +18,8 @@ from pytest_kvmsnap.errors import RevertError
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
 
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
+"""Where QEMU lists its devices, those that were added behind libvirt's back among them."""
 _POLL = (0.001, 0.02)
 """Seconds between looks at the job: at first, at most. QEMU mostly answers when it is done."""
 _SETTLING = 2.0
@@ -104,20 +106,31 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
     Raises:
         MachineError: libvirt or QEMU does not let us look.
     """
-    drives = _drives(domain)
+    outside = domain.outside()
+    drives, jobs, *devices = domain.monitored(
+        [
+            ("query-block", None),
+            ("query-jobs", None),
+            *[("qom-list", {"path": path}) for path in _DEVICES],
+        ]
+    )
     return Look(
-        state=domain.state(),
-        process=(domain.id(), domain.hypervisor.times_opened),
-        live=_without_channel_states(domain.xml()),
-        inactive=domain.xml(inactive=True),
-        autostart=domain.autostart(),
-        current=domain.current(),
-        managed_save=domain.has_managed_save(),
-        snapshots=frozenset(domain.snapshot_names()),
-        devices=_devices(domain),
+        state=outside.state,
+        process=(outside.id, domain.hypervisor.times_opened),
+        live=_without_channel_states(outside.live),
+        inactive=outside.inactive,
+        autostart=outside.autostart,
+        current=outside.current,
+        managed_save=outside.managed_save,
+        snapshots=outside.snapshots,
+        devices=frozenset(
+            f"{path}/{entry['name']} {entry['type']}"
+            for path, entries in zip(_DEVICES, devices, strict=True)
+            for entry in entries
+        ),
         drives=json.dumps([_steady(drive) for drive in drives], sort_keys=True),
         tags=_tags(drives, snapshot),
-        jobs=[job["id"] for job in domain.monitor("query-jobs")],
+        jobs=[job["id"] for job in jobs],
         reboots=reboots,
     )
 
@@ -161,8 +174,8 @@ def load(domain: Domain, snapshot: str, at: Look, timeout: float) -> None:
     def work() -> None:
         domain.monitor("snapshot-load", arguments)
         error = _ended(domain, job)
-        domain.monitor("job-dismiss", {"id": job})
-        status = domain.monitor("query-status")["status"]
+        _, now = domain.monitored([("job-dismiss", {"id": job}), ("query-status", None)])
+        status = now["status"]
         if error or status != "running":
             raise RevertError(what, where=domain.where, why=error or f"QEMU says: {status}")
 
@@ -192,20 +205,6 @@ def _without_channel_states(live: str) -> str:
     for target in root.iterfind("./devices/channel/target"):
         target.attrib.pop("state", None)
     return ET.tostring(root, encoding="unicode")
-
-
-def _devices(domain: Domain) -> frozenset[str]:
-    """Return the devices, with those that were added behind libvirt's back."""
-    return frozenset(
-        f"{path}/{entry['name']} {entry['type']}"
-        for path in ("/machine/peripheral", "/machine/peripheral-anon")
-        for entry in domain.monitor("qom-list", {"path": path})
-    )
-
-
-def _drives(domain: Domain) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = domain.monitor("query-block")
-    return told
 
 
 def _steady(drive: dict[str, Any]) -> dict[str, Any]:

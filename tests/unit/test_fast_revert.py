@@ -15,6 +15,7 @@ from pytest_kvmsnap.errors import AgentError, ConnectionLostError, MachineError
 from pytest_kvmsnap.lab import fast
 from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.machine import fast_revert
+from pytest_kvmsnap.machine.domain import Outside
 from pytest_kvmsnap.machine.fast_revert import Look
 
 XML = """<domain><devices><channel type='unix'>
@@ -57,32 +58,26 @@ class Box:
         self.refusals: dict[str, MachineError] = {}
         self.agent_port: Any = None
 
-    def id(self) -> int:
-        return self.number
-
     def state(self) -> str:
         return self.power
 
-    def xml(self, *, inactive: bool = False) -> str:
-        return self.defined if inactive else self.live
-
-    def autostart(self) -> bool:
-        return self.starts_by_itself
-
-    def current(self) -> str:
-        return self.at
-
-    def has_managed_save(self) -> bool:
-        return self.is_saved
-
-    def snapshot_names(self) -> list[str]:
-        return self.names
-
-    def sees_agent(self) -> bool:
-        return True
+    def outside(self) -> Outside:
+        return Outside(
+            self.power,
+            self.number,
+            self.live,
+            self.defined,
+            self.starts_by_itself,
+            self.at,
+            self.is_saved,
+            frozenset(self.names),
+        )
 
     def within(self, _timeout: float, act: Any, _what: str) -> None:
         act()
+
+    def monitored(self, commands: Any) -> list[Any]:
+        return [self.monitor(*command) for command in commands]
 
     def monitor(self, command: str, arguments: Any = None) -> Any:
         self.asked.append((command, arguments))
@@ -397,6 +392,14 @@ def test_talk_past_libvirt(guest: Guest) -> None:
     assert guest.agent_port.answer(PING, 5) == {"return": {}}
     assert guest.sent == [*["guest-sync"] * 3, *["guest-ping"] * 2]
     assert guest.streams == 1
+
+
+def test_ping_is_what_the_first_answer_is(guest: Guest) -> None:
+    assert guest.agent_port.is_answered(5)
+    assert guest.agent_port.is_answered(5)
+    assert guest.sent == ["guest-sync"]
+    guest.is_seen = True
+    assert not guest.agent_port.is_answered(5)
 
 
 def test_agent_is_libvirts_once_it_sees_it(guest: Guest) -> None:
