@@ -348,6 +348,15 @@ COLUMNS = (
 )
 
 
+FORCE, FAST = "3 the plugin, force", "4 the plugin, fast"
+TARGETS = (
+    (FORCE, "clean", Binding.label, "revert"),
+    (FAST, "clean", Bare.label, "clean"),
+    (FAST, "command", ByHand.label, "command"),
+    (FAST, "command", FORCE, "command"),
+)
+
+
 def table(turns: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     hand = [turn["command"] for turn in turns[ByHand.label]]
     revert = [turn["revert"] for turn in turns[Binding.label]]
@@ -358,6 +367,15 @@ def table(turns: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         moved = sum(not turn["same_process"] for turn in its)
         if "fast" in label and moved:
             yield f"(fast: {moved} of {len(its)} turns went to a new QEMU, so they were not fast)"
+
+
+def targets(turns: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Compare, turn by turn, what the plugin takes with what QEMU and libvirt need themselves."""
+    for ours, part, theirs, reference in TARGETS:
+        if ours in turns:
+            mine = [turn[part] for turn in turns[ours]]
+            other = [turn[reference] for turn in turns[theirs]]
+            yield f"{ours}, {part}: {share(mine, other)} of {theirs}, {reference}"
 
 
 def engines_here() -> tuple[dict[str, list[str]], list[str]]:
@@ -394,7 +412,7 @@ def main() -> None:
             with opened(all_ways, size):
                 turns = rounds_of(all_ways, options.rounds)
             found["sizes"].append({**size._asdict(), "turns": turns})
-            print(f"\n{size}:\n", *table(turns), sep="\n", flush=True)
+            print(f"\n{size}:\n", *table(turns), "", *targets(turns), sep="\n", flush=True)
             for way in all_ways:
                 for remark in way.remarks:
                     print(remark)

@@ -163,7 +163,7 @@ class Agent:
             if time.monotonic() > end:
                 return None
             time.sleep(pause)
-            pause = min(pause * 1.5, longest)
+            pause = min(pause * 2, longest)  # each look takes the guest some time too
 
     def _start(
         self,

@@ -21,16 +21,22 @@ from pytest_kvmsnap.machine.libvirt_api import libvirt
 if TYPE_CHECKING:
     from pytest_kvmsnap.machine.domain import Domain
 
-_GAP = 1.5
-"""Seconds in which the event may come: one, and what libvirt takes to act on it."""
+_LAG = 0.2
+"""Seconds that libvirt may take to act on the event that the port is closed.
+
+If it saw no such event by then, there was none: within a second of the one before, QEMU passes on
+only how it ended.
+"""
+_SECOND = 0.9
+"""Seconds from the load in which libvirt cannot hear that the port is open, once it heard the other."""
 _LONGEST_GAP = 5.0
 """Seconds after which an agent that libvirt does not see is libvirt's to explain."""
-_LOOK = 0.05
+_LOOK = 0.1
 """Seconds between looks whether libvirt sees the agent."""
 _SYNC = 0.1
 """Seconds for an answer to `guest-sync`: what reaches a port before it is open is lost."""
 _PAUSE = 0.001
-_NOTHING_YET = -2  # what libvirt's streams say
+_NOTHING_YET = -2  # what libvirt's streams say, the only number that they do
 
 
 class AgentPort:
@@ -44,6 +50,7 @@ class AgentPort:
         self._domain = domain
         self._since = time.monotonic()
         self._was_unseen = False
+        self._look_from = 0.0
         self._line: _Line | None = None
         self._lock = threading.Lock()  # one command at a time
         self._is_over = threading.Event()
@@ -112,13 +119,16 @@ class AgentPort:
 
         Right after the load it may only seem so: the event is still on its way.
         """
+        if time.monotonic() < self._look_from:
+            return False
         is_seen = self._domain.sees_agent()
-        self._was_unseen = self._was_unseen or not is_seen
+        if not is_seen:
+            self._was_unseen, self._look_from = True, self._since + _SECOND
         return is_seen
 
     def _end_if_over(self) -> None:
         self._hang_up()
-        if self._was_unseen or time.monotonic() - self._since > _GAP:
+        if self._was_unseen or time.monotonic() - self._since > _LAG:
             self._end()
 
     def _end(self) -> None:
@@ -182,26 +192,26 @@ class _Line:
         with self._telling():
             while left:
                 sent: int = self._stream.send(left)
-                if sent == _NOTHING_YET:
-                    if time.monotonic() > end:
-                        raise self._no_answer("anything")
+                if sent != _NOTHING_YET:
+                    left = left[sent:]
+                elif time.monotonic() > end:
+                    raise self._no_answer("anything")
+                else:
                     time.sleep(_PAUSE)
-                    continue
-                left = left[sent:]
 
     def _next(self, end: float) -> dict[str, Any] | None:
         """Return the next answer, None when there is none until `end`."""
-        while b"\n" not in self._received:
-            with self._telling():
+        with self._telling():
+            while b"\n" not in self._received:
                 chunk: bytes | int = self._stream.recv(65536)
-            if chunk == _NOTHING_YET:
-                if time.monotonic() > end:
+                if not chunk:
+                    raise AgentError("the guest agent's port was closed", where=self._domain.where)
+                if not isinstance(chunk, int):
+                    self._received += chunk
+                elif time.monotonic() > end:
                     return None
-                time.sleep(_PAUSE)
-            elif not chunk:
-                raise AgentError("the guest agent's port was closed", where=self._domain.where)
-            else:
-                self._received += bytes(chunk)
+                else:
+                    time.sleep(_PAUSE)
         line, _, self._received = self._received.partition(b"\n")
         try:
             answer = json.loads(line)

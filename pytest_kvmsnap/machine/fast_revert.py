@@ -117,7 +117,7 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
     return Look(
         state=outside.state,
         process=(outside.id, domain.hypervisor.times_opened),
-        live=_without_channel_states(outside.live),
+        live=outside.live,
         inactive=outside.inactive,
         autostart=outside.autostart,
         current=outside.current,
@@ -137,9 +137,10 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
 
 def changes(before: Look, now: Look) -> list[str]:
     """Return in words what differs between two looks."""
-    return [
-        words for name, words in _CHANGES.items() if getattr(before, name) != getattr(now, name)
-    ]
+    differing = [name for name in Look._fields if getattr(before, name) != getattr(now, name)]
+    if "live" in differing and _steady_xml(before.live) == _steady_xml(now.live):
+        differing.remove("live")
+    return [_CHANGES[name] for name in differing]
 
 
 def unfit(at: Look) -> str | None:
@@ -199,8 +200,8 @@ def _ended(domain: Domain, job: str) -> str | None:
         pause = min(pause * 2, longest)
 
 
-def _without_channel_states(live: str) -> str:
-    """Return the live XML without what libvirt sees of the guest's ends of channels."""
+def _steady_xml(live: str) -> str:
+    """Return live XML without what libvirt sees of the guest's ends of channels."""
     root = ET.fromstring(live)
     for target in root.iterfind("./devices/channel/target"):
         target.attrib.pop("state", None)

@@ -14,7 +14,7 @@ import pytest
 from pytest_kvmsnap.errors import AgentError, ConnectionLostError, MachineError
 from pytest_kvmsnap.lab import fast
 from pytest_kvmsnap.lab.fast import FastReverts
-from pytest_kvmsnap.machine import fast_revert
+from pytest_kvmsnap.machine import agentport, fast_revert
 from pytest_kvmsnap.machine.domain import Outside
 from pytest_kvmsnap.machine.fast_revert import Look
 
@@ -318,6 +318,7 @@ class Guest:
         self.sent: list[str] = []
         self.waiting = b""
         self.streams = 0
+        self.looks = 0
         self.open = 0
 
     # in place of a domain
@@ -335,6 +336,7 @@ class Guest:
         return SimpleNamespace(connect=lambda: connection, openChannel=lambda *_: None)
 
     def sees_agent(self) -> bool:
+        self.looks += 1
         return self.is_seen
 
     # in place of a stream
@@ -371,9 +373,8 @@ class Guest:
 
 @pytest.fixture
 def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
-    from pytest_kvmsnap.machine import agentport
-
     monkeypatch.setattr(agentport, "_SYNC", 0.01)
+    monkeypatch.setattr(agentport, "_SECOND", 0.0)
     guest = Guest()
     agentport.AgentPort(guest).open()  # type: ignore[arg-type]
     yield guest
@@ -409,6 +410,15 @@ def test_agent_is_libvirts_once_it_sees_it(guest: Guest) -> None:
     assert port.answer(PING, 5) is None
     assert (guest.open, guest.agent_port) == (0, None)
     assert port.answer(PING, 5) is None
+
+
+def test_libvirt_is_not_asked_for_what_it_cannot_know_yet(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agentport, "_SECOND", 60.0)
+    for _ in range(5):
+        assert guest.agent_port.answer(PING, 5) == {"return": {}}
+    assert guest.looks == 1
 
 
 def test_port_is_let_go_of_when_nobody_asks(guest: Guest) -> None:
