@@ -120,6 +120,7 @@ def converters(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_run_killed_while_it_converts_leaves_the_machine_usable(
     make_machine: Maker, suite: Suite, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_full_disk_of_one_machine_keeps_all_raw(
     assert list(suite.locks.iterdir()) == []
 
 
+@pytest.mark.long
 def test_readme_tells_the_way_back_to_raw(
     make_machine: Maker, suite: Suite, tmp_path: Path
 ) -> None:

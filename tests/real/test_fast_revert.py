@@ -6,9 +6,11 @@ from bench import Machine, Suite
 FAST = "--kvmsnap-revert=fast"
 BY_FORCE = "reverted by force, not fast:"
 
-# Each test changes what a revert inside QEMU would leave, and one after it finds nothing of it.
+# Whatever a test does to the domain is undone, though not by QEMU alone. Each of these changes what
+# QEMU would leave as it is, and the one after it finds nothing of it.
 CHANGES = """
-import json, subprocess, time
+import contextlib, json, subprocess, time
+from pytest_kvmsnap import KvmsnapError
 import xml.etree.ElementTree as ET
 import libvirt, libvirt_qemu
 
@@ -24,8 +26,9 @@ def clean(vm):
     assert live.find("./devices/disk/iotune") is None
     assert not vm.domain.autostart() and not vm.domain.hasManagedSaveImage()
     assert vm.domain.maxVcpus() == 1
+    assert len(vm.snapshots()) == 2
     yield
-    if vm.state == "running":
+    with contextlib.suppress(KvmsnapError):  # it is off, or gone
         vm.run("echo 456 >> /opt/abc; touch /run/made; sync")
 
 def test_disk_is_plugged_in(vm, tmp_path):
@@ -47,10 +50,12 @@ def test_is_redefined(vm):
     root.find("vcpu").text = "2"
     vm.domain.connect().defineXML(ET.tostring(root, encoding="unicode"))
 
-def test_gets_another_qemu(vm):
+def test_is_undefined(vm):
+    vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+
+def test_is_undefined_while_off(vm):
     vm.destroy()
-    vm.start()
-    vm.wait_ready()
+    vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
 
 def test_is_paused(vm):
     vm.domain.suspend()
@@ -58,6 +63,13 @@ def test_is_paused(vm):
 def test_reboots_inside(vm):
     vm.reboot()
     vm.wait_ready()
+
+def test_shuts_down_and_boots(vm):
+    vm.shutdown()
+    assert vm.state == "shut off"
+    vm.start()
+    vm.wait_ready()
+    assert vm.run("true").returncode == 0
 
 def test_is_saved_and_restored(vm, tmp_path):
     vm.domain.save(str(tmp_path / "saved"))
@@ -69,8 +81,12 @@ def test_has_a_managed_save(vm):
 def test_starts_by_itself(vm):
     vm.domain.setAutostart(1)
 
-def test_takes_a_snapshot(vm):
-    vm.snapshot("mine")
+def test_takes_snapshots(vm):
+    vm.snapshot("one")
+    vm.write_text("/opt/abc", "changed")
+    vm.snapshot("two")
+    vm.revert("one")
+    assert vm.read_text("/opt/abc") == "123\\n"
 
 def test_copies_its_disk(vm, tmp_path):
     target = f"<disk type='file'><source file='{tmp_path}/copy'/><driver type='qcow2'/></disk>"
@@ -91,6 +107,7 @@ REASONS = [
 
 
 def test_falls_back_by_itself_and_says_so(machine: Machine, suite: Suite) -> None:
+    definition = machine.definition
     suite.write(CHANGES)
     result = suite.run(f"--kvmsnap-domain={machine.name}", FAST)
     count = CHANGES.count("\ndef test_")
@@ -104,6 +121,7 @@ def test_falls_back_by_itself_and_says_so(machine: Machine, suite: Suite) -> Non
     for reason in REASONS:
         assert [line for line in told if reason in line], f"{reason}: not in {told}"
     assert (machine.state, machine.snapshots, machine.image_snapshots()) == ("shut off", [], [])
+    assert machine.definition == definition
 
 
 STORY = """

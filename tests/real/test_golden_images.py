@@ -178,6 +178,7 @@ def test_both_disks_are_clean(vm):
     assert suite.left_over() == []
 
 
+@pytest.mark.long
 def test_wide_fixtures_and_live_no_work_on_a_golden_image(
     suite: Suite, image: Path, template: Template
 ) -> None:
@@ -234,6 +235,7 @@ def test_is_prepared_anew(prepared, vm):
     assert suite.left_over() == []
 
 
+@pytest.mark.long
 def test_an_image_that_vanishes_is_one_clear_failure_a_test(
     suite: Suite, image: Path, template: Template
 ) -> None:
@@ -283,6 +285,7 @@ def test_never(vm): pass
 # --- kills ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("step", "by"), [("overlay", "next run"), ("boot", "clean"), ("test", "next run")]
 )
@@ -321,6 +324,7 @@ def test_it(vm):
     assert suite.left_over() == []
 
 
+@pytest.mark.long
 def test_a_conversion_that_was_killed_is_begun_anew(
     linux: guests.Guest,
     suite: Suite,
@@ -380,6 +384,7 @@ def test_it(vm): pass
     assert suite.left_over() == []
 
 
+@pytest.mark.long
 def test_full_disk_while_snapshotting(
     suite: Suite, small_disk: Path, image: Path, template: Template
 ) -> None:

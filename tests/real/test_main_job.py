@@ -114,6 +114,7 @@ def test_machine_found_paused_is_left_paused(machine: Machine, suite: Suite) -> 
     ]
 
 
+@pytest.mark.long
 def test_live_no_boots_for_each_test(machine: Machine, suite: Suite) -> None:
     keep_a_copy(machine)
     suite.write(STORY)
@@ -143,7 +144,7 @@ def test_is_booted(vm, turn):
     assert machine.start("ls /run/made*; cat /opt/abc") == "/run/made-before-the-run\n123\n"
 
 
-@pytest.mark.parametrize("kept", ["running", "off"])
+@pytest.mark.parametrize("kept", ["running", pytest.param("off", marks=pytest.mark.long)])
 def test_named_snapshot_is_where_tests_start_and_is_never_touched(
     machine: Machine, suite: Suite, kept: str
 ) -> None:
@@ -210,69 +211,3 @@ def test_agent_is_missed(vm):
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*AgentError*", "*QEMU guest agent is not configured*"])
     assert (machine.state, machine.snapshots) == ("shut off", [])
-
-
-def test_whatever_a_test_does_to_the_domain_is_undone(machine: Machine, suite: Suite) -> None:
-    definition = machine.definition
-    suite.write(
-        """
-import xml.etree.ElementTree as ET
-import libvirt
-
-def test_saves_it(vm):
-    vm.domain.managedSave()
-
-def test_undefines_it(vm):
-    vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
-
-def test_undefines_it_while_off(vm):
-    vm.destroy()
-    vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
-
-def test_redefines_it(vm):
-    root = ET.fromstring(vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-    root.find("vcpu").text = "2"
-    vm.domain.connect().defineXML(ET.tostring(root, encoding="unicode"))
-
-def test_copies_a_disk(vm, tmp_path):
-    # slow enough to be under way at the end
-    target = ET.tostring(ET.fromstring(
-        f"<disk type='file'><source file='{tmp_path}/copy'/><driver type='qcow2'/></disk>"
-    ), encoding="unicode")
-    flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
-    vm.domain.blockCopy("vda", target, {"bandwidth": 1024}, flags)
-    assert vm.domain.blockJobInfo("vda")
-
-def test_makes_snapshots(vm):
-    vm.snapshot("one")
-    vm.write_text("/opt/abc", "changed")
-    vm.snapshot("two")
-    vm.revert("one")
-    assert vm.read_text("/opt/abc") == "123\\n"
-
-def test_suspends_it(vm):
-    vm.domain.suspend()
-
-def test_turns_autostart_on(vm):
-    vm.domain.setAutostart(1)
-
-def test_reboots_it(vm):
-    vm.reboot()
-    vm.wait_ready()
-    vm.shutdown()
-    assert vm.state == "shut off"
-    vm.start()
-    vm.wait_ready()
-    assert vm.run("true").returncode == 0
-
-def test_is_clean(vm):
-    assert vm.state == "running"
-    assert vm.read_text("/opt/abc") == "123\\n"
-    assert len(vm.snapshots()) == 2
-    assert vm.domain.maxVcpus() == 1
-    assert not vm.domain.autostart() and not vm.domain.hasManagedSaveImage()
-"""
-    )
-    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=10)
-    assert (machine.state, machine.snapshots) == ("shut off", [])
-    assert machine.definition == definition

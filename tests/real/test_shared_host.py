@@ -96,6 +96,7 @@ def test_four_workers_on_one_machine(
     assert daemon_suite.left_over() == []
 
 
+@pytest.mark.long
 def test_two_runs_that_spell_the_host_differently(
     make_shared: Make, daemon_suite: DaemonSuite, daemon_lab: DaemonLab
 ) -> None:
@@ -320,6 +321,7 @@ def test_daemon_restarts_and_crashes(
     assert daemon_suite.left_over() == []
 
 
+@pytest.mark.long
 def test_four_workers_on_a_pool(make_shared: Make, daemon_suite: DaemonSuite, xdist: None) -> None:
     """Each of them boots one machine, and keeps it."""
     machines = [make_shared(f"web-{number}") for number in range(1, 5)]

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 from daemonlab import DaemonLab, DaemonSuite
 from keeping import Kept
 
@@ -251,6 +252,7 @@ class Soak:
         return is_done
 
 
+@pytest.mark.long
 def test_all_tests_are_tried_and_machines_are_as_found(
     daemon_lab: DaemonLab, daemon_suite: DaemonSuite, xdist: None
 ) -> None:

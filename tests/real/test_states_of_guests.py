@@ -86,6 +86,7 @@ def test_steps(module_vm): pass
 """
 
 
+@pytest.mark.long
 def test_what_the_shapes_cost(machine: Machine, suite: Suite) -> None:
     machine.start()
     suite.write(SHAPES)
@@ -173,6 +174,7 @@ def test_plain(vm):
     assert (machine.state, machine.snapshots) == ("shut off", [])
 
 
+@pytest.mark.long
 def test_live_no_boots_prepared_tests_from_the_prepared_disk(
     machine: Machine, suite: Suite
 ) -> None:
@@ -201,6 +203,7 @@ def test_database(database, vm, turn):
     assert (machine.state, machine.snapshots) == ("shut off", [])
 
 
+@pytest.mark.long
 def test_preparation_may_end_while_the_guest_boots(machine: Machine, suite: Suite) -> None:
     suite.write(
         """
