@@ -87,7 +87,8 @@ class Agent:
                 return self._answer(name, json.dumps(request), timeout)
             except AgentError as error:
                 is_new = self._domain.hypervisor.was_reopened_within(_NEW)
-                is_to_come = is_new or self._domain.agent_port is not None
+                port = self._domain.agent_port
+                is_to_come = is_new or (port is not None and port.is_recent)
                 if not (is_to_come and _NOT_YET in error.why):
                     error.cure = self._cure(name, error.why)
                     raise

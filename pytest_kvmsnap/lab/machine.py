@@ -282,6 +282,7 @@ class Machine:
             self._let_go()
 
     def _let_go(self) -> None:
+        self.domain.await_agent()  # for whoever comes next, and goes by libvirt
         self.domain.hang_up()
         if self._fast is not None:
             self._fast.close()

@@ -28,7 +28,9 @@ If it saw no such event by then, there was none: within a second of the one befo
 only how it ended.
 """
 _SECOND = 0.9
-"""Seconds from the load in which libvirt cannot hear that the port is open, once it heard the other."""
+"""Seconds from the load in which libvirt, having heard of the closed port, hears of no open one."""
+_AFTERMATH = 2.0
+"""Seconds from the load in which libvirt may lose sight of the agent after all, on a busy host."""
 _LONGEST_GAP = 5.0
 """Seconds after which an agent that libvirt does not see is libvirt's to explain."""
 _LOOK = 0.1
@@ -68,6 +70,11 @@ class AgentPort:
             self._end()
         self._watch.join()
 
+    @property
+    def is_recent(self) -> bool:
+        """Whether an agent that libvirt does not see is to be expected, and soon seen again."""
+        return time.monotonic() - self._since < _AFTERMATH or not self._is_over.is_set()
+
     def wait(self) -> None:
         """Wait until libvirt sees the agent, for what libvirt itself asks of it."""
         self._is_over.wait(_LONGEST_GAP)
@@ -98,7 +105,9 @@ class AgentPort:
                 raise
 
     def _opened(self, timeout: float) -> "_Line | None":
-        if self._is_over.is_set() or self._is_seen():
+        if self._is_over.is_set():
+            return None
+        if self._is_seen():
             self._end_if_over()
         elif self._line is None:
             self._line = _Line(self._domain, timeout)
@@ -134,8 +143,6 @@ class AgentPort:
     def _end(self) -> None:
         self._hang_up()
         self._is_over.set()
-        if self._domain.agent_port is self:
-            self._domain.agent_port = None
 
     def _hang_up(self) -> None:
         line, self._line = self._line, None

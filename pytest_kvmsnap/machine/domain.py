@@ -67,7 +67,7 @@ class Outside(NamedTuple):
 class Domain:
     """A domain of a hypervisor, found by its UUID, so that a rename does not lose it.
 
-    `agent_port` is the way to its agent while libvirt does not see that, None at other times.
+    `agent_port` is the way to its agent while libvirt does not see that, after a fast revert.
     """
 
     def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
@@ -440,6 +440,7 @@ class Domain:
         """Let go of the way past libvirt to the guest's agent, if there is one."""
         if self.agent_port is not None:
             self.agent_port.close()
+            self.agent_port = None
 
     def await_agent(self) -> None:
         """Wait until libvirt sees the agent, should it have lost sight of it by a fast revert."""

@@ -172,8 +172,10 @@ def test_both_disks_are_clean(vm):
         f"kvmsnap_golden = {image.name}",
         f"kvmsnap_template = {xml.name}",
         f"kvmsnap_image_path = {folder}",
+        "kvmsnap_revert = fast",
     )
     suite.run("-c", str(ini)).assert_outcomes(passed=2)
+    assert suite.calls_on_clones("load", "revert") == ["1 load base"] * 2
     assert [digest(path) for path in (image, second)] == before
     assert suite.left_over() == []
 

@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import libvirt
@@ -540,15 +541,16 @@ def test_one_that_breaks_meanwhile_is_not_waited_for(
 NOT_CONNECTED = "Guest agent is not responding: QEMU guest agent is not connected"
 
 
-@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("new", ["libvirt", "revert", "nothing"])
 def test_an_agent_that_a_new_libvirt_has_not_yet_is_asked_again(
     hypervisor: Hypervisor,
     there: Libvirt,
     clock: Clock,
     box: Domain,
     monkeypatch: pytest.MonkeyPatch,
-    is_new: bool,
+    new: str,
 ) -> None:
+    """Or one that libvirt lost sight of by a revert inside QEMU."""
     answers: list[object] = [error_of_libvirt(NOT_CONNECTED, QEMU)] * 3 + ['{"return": {}}']
 
     def answer(*_: object) -> object:
@@ -558,9 +560,13 @@ def test_an_agent_that_a_new_libvirt_has_not_yet_is_asked_again(
         return answer
 
     monkeypatch.setattr(libvirt_qemu, "qemuAgentCommand", answer)
-    if is_new:
+    if new == "revert":
+        port: Any = SimpleNamespace(is_recent=True, answer=lambda *_: None)
+        box.agent_port = port
+    elif new == "libvirt":
         current(hypervisor).is_alive = False
         there.answers = [Connection()]
+    if new != "nothing":
         assert Agent(box).command("guest-ping") == {}
     else:
         with pytest.raises(AgentError, match="guest-ping") as caught:
