@@ -58,6 +58,7 @@ class Outside(NamedTuple):
     id: int
     live: str
     inactive: str
+    persistent: bool
     autostart: bool
     current: str | None
     managed_save: bool
@@ -151,6 +152,7 @@ class Domain:
                 id=raw.ID(),
                 live=raw.XMLDesc(flags),
                 inactive=raw.XMLDesc(flags | libvirt.VIR_DOMAIN_XML_INACTIVE),
+                persistent=bool(raw.isPersistent()),
                 autostart=bool(raw.autostart()),
                 current=_current_name(raw),
                 managed_save=bool(raw.hasManagedSaveImage()),

@@ -37,6 +37,7 @@ class Look(NamedTuple):
     process: tuple[int, int]
     live: str
     inactive: str
+    persistent: bool
     autostart: bool
     current: str | None
     managed_save: bool
@@ -53,6 +54,7 @@ _CHANGES = {
     "process": "it is another QEMU process, or libvirt was away",
     "live": "its live definition changed (a device, its memory, a link, …)",
     "inactive": "it was redefined",
+    "persistent": "it was undefined",
     "autostart": "its autostart flag changed",
     "current": "another snapshot is the current one",
     "managed_save": "it has a managed save",
@@ -119,6 +121,7 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
         process=(outside.id, domain.hypervisor.times_opened),
         live=outside.live,
         inactive=outside.inactive,
+        persistent=outside.persistent,
         autostart=outside.autostart,
         current=outside.current,
         managed_save=outside.managed_save,

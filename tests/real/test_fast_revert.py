@@ -97,6 +97,7 @@ REASONS = [
     "its live definition changed",
     "QEMU has other devices",
     "it was redefined",
+    "it was undefined",
     "its state is another",
     "it is another QEMU process",
     "the guest rebooted",

@@ -45,6 +45,7 @@ class Box:
         self.power = "running"
         self.live = XML.format(state=" state='connected'")
         self.defined = "<domain/>"
+        self.is_kept = True
         self.starts_by_itself = False
         self.is_saved = False
         self.at = "base"
@@ -67,6 +68,7 @@ class Box:
             self.number,
             self.live,
             self.defined,
+            self.is_kept,
             self.starts_by_itself,
             self.at,
             self.is_saved,
@@ -154,6 +156,7 @@ CHANGES: dict[str, tuple[str, Any]] = {
     "process": ("number", 4),
     "live": ("live", "<domain><devices><disk/></devices></domain>"),
     "inactive": ("defined", "<domain><vcpu/></domain>"),
+    "persistent": ("is_kept", False),
     "autostart": ("starts_by_itself", True),
     "current": ("at", "found"),
     "managed_save": ("is_saved", True),
