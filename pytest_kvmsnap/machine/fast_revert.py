@@ -14,7 +14,7 @@ import time
 import xml.etree.ElementTree as ET
 from typing import Any, NamedTuple
 
-from pytest_kvmsnap.errors import RevertError
+from pytest_kvmsnap.errors import MachineError, RevertError
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
 
@@ -33,7 +33,6 @@ class Look(NamedTuple):
     `tags` are, by the node of each writable drive, the snapshot that it would be brought back to.
     """
 
-    state: str
     process: tuple[int, int]
     live: str
     inactive: str
@@ -49,8 +48,8 @@ class Look(NamedTuple):
     reboots: int
 
 
+_NOT_RUNNING = "its state is another"
 _CHANGES = {
-    "state": "its state is another",
     "process": "it is another QEMU process, or libvirt was away",
     "live": "its live definition changed (a device, its memory, a link, …)",
     "inactive": "it was redefined",
@@ -106,9 +105,11 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
     """Return how a running machine looks now, in view of a revert to a snapshot.
 
     Raises:
-        MachineError: libvirt or QEMU does not let us look.
+        MachineError: it does not run, or libvirt or QEMU does not let us look.
     """
     outside = domain.outside()
+    if outside.state != "running":
+        raise MachineError("cannot look into QEMU", where=domain.where, why=_NOT_RUNNING)
     drives, jobs, *devices = domain.monitored(
         [
             ("query-block", None),
@@ -117,7 +118,6 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
         ]
     )
     return Look(
-        state=outside.state,
         process=(outside.id, domain.hypervisor.times_opened),
         live=outside.live,
         inactive=outside.inactive,

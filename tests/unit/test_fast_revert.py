@@ -152,7 +152,6 @@ def test_every_part_of_a_look_has_its_words() -> None:
 
 
 CHANGES: dict[str, tuple[str, Any]] = {
-    "state": ("power", "paused"),
     "process": ("number", 4),
     "live": ("live", "<domain><devices><disk/></devices></domain>"),
     "inactive": ("defined", "<domain><vcpu/></domain>"),
@@ -286,6 +285,17 @@ def test_what_we_deleted_ourselves_is_no_change(box: Box, reverts: FastReverts) 
     box.names.remove("prepared")
     reverts.deleted(["prepared"])
     assert reverts.revert("base", 5)
+
+
+@pytest.mark.parametrize("power", ["shut off", "paused", "crashed"])
+def test_machine_that_ran_is_left_to_force(
+    box: Box, reverts: FastReverts, told: list[str], power: str
+) -> None:
+    reverts.note("base")
+    box.power = power
+    box.refusals["query-block"] = MachineError("cannot ask QEMU", why="domain is not running")
+    assert not reverts.revert("base", 5)
+    assert told == ["box: reverted by force, not fast: its state is another"]
 
 
 @pytest.mark.parametrize("power", ["shut off", "paused"])
