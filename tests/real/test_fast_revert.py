@@ -113,10 +113,8 @@ def test_falls_back_by_itself_and_says_so(machine: Machine, suite: Suite) -> Non
     result = suite.run(f"--kvmsnap-domain={machine.name}", FAST)
     count = CHANGES.count("\ndef test_")
     result.assert_outcomes(passed=count)
-    assert suite.calls(machine, "revert", "load") == [
-        *["revert kvmsnap-base"] * count,
-        "revert kvmsnap-found",
-    ]
+    ours = [call for call in suite.calls(machine, "revert", "load") if call != "revert one"]
+    assert ours == [*["revert kvmsnap-base"] * count, "revert kvmsnap-found"]
     told = [line for line in result.outlines if BY_FORCE in line]
     assert len(told) == len(set(told)), "each reason is said once"
     for reason in REASONS:
