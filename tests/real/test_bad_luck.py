@@ -167,7 +167,12 @@ def test_fails_at_once(vm): pass
 
 
 @pytest.mark.parametrize(
-    ("found", "by"), [("shut off", "clean"), ("running", "next run"), ("running", "force")]
+    ("found", "by"),
+    [
+        ("shut off", "clean"),
+        pytest.param("running", "next run", marks=pytest.mark.long),
+        pytest.param("running", "force", marks=pytest.mark.long),
+    ],
 )
 def test_killed_run_is_put_right(
     machine: Machine, suite: Suite, pytester: pytest.Pytester, found: str, by: str

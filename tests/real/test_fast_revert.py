@@ -64,13 +64,6 @@ def test_reboots_inside(vm):
     vm.reboot()
     vm.wait_ready()
 
-def test_shuts_down_and_boots(vm):
-    vm.shutdown()
-    assert vm.state == "shut off"
-    vm.start()
-    vm.wait_ready()
-    assert vm.run("true").returncode == 0
-
 def test_is_saved_and_restored(vm, tmp_path):
     vm.domain.save(str(tmp_path / "saved"))
     vm.domain.connect().restore(str(tmp_path / "saved"))

@@ -218,10 +218,16 @@ OFF = {
 
 
 def pairs(points: dict[str, Point]) -> list[Any]:
+    """Return the points two by two, every other pair marked `long`."""
     names = iter(points)
     return [
-        pytest.param(points[one], points[other], id=f"{one}; {other}")
-        for one, other in zip(names, names, strict=True)
+        pytest.param(
+            points[one],
+            points[other],
+            id=f"{one}; {other}",
+            marks=[pytest.mark.long] if number % 2 else [],
+        )
+        for number, (one, other) in enumerate(zip(names, names, strict=True))
     ]
 
 

@@ -219,6 +219,7 @@ def test_is_ready_at_once(rebooted, vm):
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=1)
 
 
+@pytest.mark.long
 def test_debugger_finds_the_machine_as_the_test_left_it(
     machine: Machine, suite: Suite, pytester: pytest.Pytester
 ) -> None:
