@@ -68,16 +68,15 @@ class Canary:
         of_memory, line, of_disk = done.stderr.decode(errors="replace").partition(_LINE)
         if not line or done.status in _NOT_RUN:
             return None
-        return self._wrong(of_memory, block, of_disk if done.status else "")
-
-    def _wrong(self, of_memory: str, block: bytes, of_disk: str) -> str:
         if not of_memory:
             return f"memory: {MEMORY} is still there"
-        if not _says_absent(of_memory):
+        if not _says_absent(of_memory, MEMORY):
             return f"memory: {of_memory.strip()}"
         if self.token.encode() in block:
             return f"disk: {DISK} still has the mark"
-        return f"disk: {of_disk.strip()}" if of_disk and not _says_absent(of_disk) else ""
+        if done.status and not _says_absent(of_disk, DISK):
+            return f"disk: {of_disk.strip() or f'dd ended with the status {done.status}'}"
+        return ""
 
     def remove(self) -> None:
         """Remove the block on the disk again."""
@@ -94,6 +93,6 @@ class Canary:
             return None
 
 
-def _says_absent(said: str) -> bool:
+def _says_absent(said: str, path: str) -> bool:
     """Tell whether the system says that there is no such file: any other error proves nothing."""
-    return "no such file" in said.lower()
+    return any(path in line and "no such file" in line.lower() for line in said.splitlines())

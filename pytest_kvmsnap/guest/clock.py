@@ -6,7 +6,6 @@ import time
 from pytest_kvmsnap.errors import AgentError
 from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import libvirt
 
 # Prints how it set the clock, in one word. Not every `date` takes a fraction of a second.
 _SET = """
@@ -20,15 +19,15 @@ shift 2
 def set_clock(domain: Domain) -> None:
     """Set the guest's clock to the host's.
 
-    By libvirt where the guest has `hwclock` (within 20 ms, measured), else by `date`, which takes
+    By the agent itself where the guest has `hwclock` (within 20 ms, measured), else by `date`, in
     whole seconds. A guest that can do neither keeps its time.
     """
-    now = time.time()
+    agent = Agent(domain)
     try:
-        domain.raw.setTime({"seconds": int(now), "nseconds": int(now % 1 * 1e9)})  # type: ignore[arg-type]
-    except libvirt.libvirtError:
+        agent.command("guest-set-time", {"time": time.time_ns()})
+    except AgentError:
         with contextlib.suppress(AgentError):
-            Agent(domain).run(["date", "-s", f"@{round(time.time())}"])
+            agent.run(["date", "-s", f"@{round(time.time())}"])
 
 
 class Clock:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 
 from pytest_kvmsnap.errors import ConnectionLostError, MachineError
-from pytest_kvmsnap.machine import fast_revert
+from pytest_kvmsnap.machine import domainxml, fast_revert
 from pytest_kvmsnap.machine.agentport import AgentPort
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.fast_revert import Look, Watch
@@ -35,7 +35,7 @@ class FastReverts:
             return
         try:
             self._watch.start()
-            look = fast_revert.look(self._domain, snapshot, self._watch.count)
+            look = fast_revert.look(self._domain, snapshot, self._watch)
         except ConnectionLostError:
             raise
         except MachineError as error:
@@ -62,7 +62,7 @@ class FastReverts:
         if before is None or self._snapshot != snapshot:
             return False
         try:
-            now = fast_revert.look(self._domain, snapshot, self._watch.count)
+            now = fast_revert.look(self._domain, snapshot, self._watch)
             changes = fast_revert.changes(before, now)
             if changes:
                 self._say("; ".join(changes))
@@ -73,9 +73,14 @@ class FastReverts:
         except MachineError as error:
             self._say(error.why or error.what)
             return False
-        AgentPort(self._domain).open()
+        if any(domainxml.sees_agent(look.live) for look in (before, now)):
+            AgentPort(self._domain).open()
         self._look = before
         return True
+
+    def forget(self) -> None:
+        """Have the next revert be a forced one: only a new QEMU cures what is wrong."""
+        self._look = None
 
     def close(self) -> None:
         """End the watch over the machine."""

@@ -479,6 +479,8 @@ class Machine:
         try:
             self._despite_a_loss(revert)
         except AgentLostError:
+            if self._fast is not None:
+                self._fast.forget()
             self._despite_a_loss(revert)
         if is_unproven:
             self.unproven.append(self._user)

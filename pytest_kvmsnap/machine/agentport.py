@@ -12,6 +12,7 @@ import json
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_kvmsnap.errors import AgentError, KvmsnapError
@@ -60,8 +61,8 @@ class AgentPort:
 
     def open(self) -> None:
         """Have the domain's agent commands come by here, until libvirt sees the agent."""
-        self._domain.agent_port = self
         self._watch.start()
+        self._domain.agent_port = self
 
     def close(self) -> None:
         """Let go of the port, in time for what breaks the connection."""
@@ -100,17 +101,21 @@ class AgentPort:
                 return None
             try:
                 return line.answer(request, timeout)
-            except KvmsnapError:
+            except BaseException:  # a Ctrl-C too: the answer may come yet, and is for nobody
                 self._hang_up()
                 raise
 
     def _opened(self, timeout: float) -> "_Line | None":
+        if self._line is not None and not self._line.is_alive():  # libvirt is another one by now
+            self._end()
         if self._is_over.is_set():
             return None
         if self._is_seen():
             self._end_if_over()
         elif self._line is None:
-            self._line = _Line(self._domain, timeout)
+            left = self._since + _LONGEST_GAP - time.monotonic()
+            with contextlib.suppress(_NotOpenedError):  # then libvirt's way is the only one
+                self._line = _Line(self._domain, min(timeout, max(left, 0.0)))
         return self._line
 
     def _until_seen(self) -> None:
@@ -150,22 +155,33 @@ class AgentPort:
             line.close()
 
 
+class _NotOpenedError(AgentError):
+    """libvirt does not open the port: it may not, or somebody else has it."""
+
+
 class _Line:
     """An open connection to the port, on which every request so far was answered."""
 
     def __init__(self, domain: "Domain", timeout: float) -> None:
         self._domain = domain
         self._received = b""
-        with domain.telling("cannot open the guest agent's port", AgentError):
+        with domain.telling("cannot open the guest agent's port", _NotOpenedError):
             raw = domain.raw
-            connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
-            self._stream = connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
+            self._connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
+            self._stream = self._connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
             raw.openChannel(AGENT_CHANNEL, self._stream, 0)
         try:
             self._sync(time.monotonic() + timeout)
-        except KvmsnapError:
+        except BaseException:
             self.close()
             raise
+
+    def is_alive(self) -> bool:
+        """Tell whether the connection to libvirt is, through which it goes."""
+        try:
+            return bool(self._connection.isAlive())
+        except libvirt.libvirtError:
+            return False
 
     def _sync(self, end: float) -> None:
         """Ask for nothing else until an answer shows that the agent listens.
@@ -226,8 +242,15 @@ class _Line:
             return {}
         return answer if isinstance(answer, dict) else {}
 
-    def _telling(self) -> contextlib.AbstractContextManager[None]:
-        return self._domain.telling("the guest agent's port broke", AgentError)
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            what, where, why = "the guest agent's port broke", self._domain.where, str(error)
+            if not self.is_alive():
+                raise self._domain.hypervisor.lost(what, where, why) from None
+            raise AgentError(what, where=where, why=why) from None
 
     def _no_answer(self, command: str) -> AgentError:
         return AgentError(

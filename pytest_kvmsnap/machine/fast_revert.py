@@ -8,6 +8,7 @@ came to the snapshot by libvirt. The use of the monitor is not supported by libv
 taint "custom-monitor" (https://libvirt.org/kbase/domainstatecapture.html and virDomainQemuMonitor).
 """
 
+import contextlib
 import json
 import secrets
 import time
@@ -94,14 +95,14 @@ class Watch:
         registered, self._registered = self._registered, None
         if registered is not None:
             connection, number = registered
-            with self._domain.tolerating("cannot end the watch for reboots"):
+            with contextlib.suppress(libvirt.libvirtError):  # it went with the connection
                 libvirt_qemu.qemuMonitorEventDeregister(connection, number)
 
     def _note(self, *_: object) -> None:
         self.count += 1
 
 
-def look(domain: Domain, snapshot: str, reboots: int) -> Look:
+def look(domain: Domain, snapshot: str, watch: Watch) -> Look:
     """Return how a running machine looks now, in view of a revert to a snapshot.
 
     Raises:
@@ -134,7 +135,7 @@ def look(domain: Domain, snapshot: str, reboots: int) -> Look:
         drives=json.dumps([_steady(drive) for drive in drives], sort_keys=True),
         tags=_tags(drives, snapshot),
         jobs=[job["id"] for job in jobs],
-        reboots=reboots,
+        reboots=watch.count,  # last, since QEMU tells of them a little later
     )
 
 
@@ -185,7 +186,9 @@ def load(domain: Domain, snapshot: str, at: Look, timeout: float) -> None:
 
     domain.within(timeout, work, what)
     end = time.monotonic() + _SETTLING
-    while domain.state() != "running" and time.monotonic() < end:
+    while domain.state() != "running":
+        if time.monotonic() > end:
+            raise RevertError(what, where=domain.where, why="libvirt did not hear that it runs")
         time.sleep(_POLL[1])
 
 

@@ -19,6 +19,7 @@ from pytest_kvmsnap.errors import (
     RevertError,
     SnapshotError,
 )
+from pytest_kvmsnap.guest.canary import MEMORY
 from pytest_kvmsnap.guest.ready import wait_ready
 from pytest_kvmsnap.lab import machine
 from pytest_kvmsnap.machine.domain import Domain
@@ -414,7 +415,7 @@ class Guest:
             return (0, "") if self.takes_marks else (1, "Read-only file system")
         elif "echo --" in script:
             self.looks += 1
-            return 0, "--\n" if self.marked else "cannot open: No such file\n--\n"
+            return 0, "--\n" if self.marked else f"cannot open {MEMORY}: No such file\n--\n"
         self.removed += "rm -f" in script
         return 0, ""
 

@@ -247,7 +247,7 @@ def test_commands_of_the_agent() -> None:
     told = re.search(r"used:(.*?)by us, and by libvirt(.*?)\.", section("Install it"), re.DOTALL)
     assert told is not None
     assert set(code(told[1])) == used
-    assert set(code(told[2])) == {"guest-sync", "guest-set-time", "guest-shutdown"}
+    assert set(code(told[2])) == {"guest-sync", "guest-shutdown"}
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import libvirt
 import pytest
 
 from pytest_kvmsnap.errors import AgentError, ConnectionLostError, MachineError
@@ -57,7 +58,10 @@ class Box:
         self.status = "running"
         self.asked: list[tuple[str, Any]] = []
         self.refusals: dict[str, MachineError] = {}
-        self.agent_port: Any = None
+        self.ports = 0
+
+    def note_port(self) -> None:
+        self.ports += 1
 
     def state(self) -> str:
         return self.power
@@ -112,7 +116,8 @@ class Box:
 
 
 def look(box: Box, reboots: int = 0) -> Look:
-    return fast_revert.look(box, "base", reboots)  # type: ignore[arg-type]
+    watch: Any = SimpleNamespace(count=reboots)
+    return fast_revert.look(box, "base", watch)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -140,7 +145,7 @@ class NoWatch:
 @pytest.fixture
 def reverts(box: Box, told: list[str], monkeypatch: pytest.MonkeyPatch) -> FastReverts:
     monkeypatch.setattr(fast, "Watch", NoWatch)
-    monkeypatch.setattr(fast, "AgentPort", lambda _: SimpleNamespace(open=lambda: None))
+    monkeypatch.setattr(fast, "AgentPort", lambda box: SimpleNamespace(open=box.note_port))
     return FastReverts(box, told.append)  # type: ignore[arg-type]
 
 
@@ -225,6 +230,35 @@ def test_load_names_every_writable_drive(box: Box, reverts: FastReverts, told: l
     assert box.jobs == []
     assert reverts.revert("base", 5), "as often as you like"
     assert told == []
+
+
+@pytest.mark.parametrize("before", ["connected", "disconnected"])
+@pytest.mark.parametrize("now", ["connected", "disconnected"])
+def test_port_of_an_agent_that_there_is(
+    box: Box, reverts: FastReverts, before: str, now: str
+) -> None:
+    box.live = XML.format(state=f" state='{before}'")
+    reverts.note("base")
+    box.live = XML.format(state=f" state='{now}'")
+    assert reverts.revert("base", 5)
+    assert box.ports == ("connected" in (before, now))
+
+
+def test_libvirt_that_does_not_hear_of_it_is_left_to_force(
+    box: Box, reverts: FastReverts, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_revert, "_SETTLING", 0.05)
+    reverts.note("base")
+    monkeypatch.setattr(box, "state", lambda: "paused")
+    assert not reverts.revert("base", 5)
+    assert told == ["box: reverted by force, not fast: libvirt did not hear that it runs"]
+
+
+def test_forced_when_only_a_new_qemu_helps(box: Box, reverts: FastReverts) -> None:
+    reverts.note("base")
+    assert reverts.revert("base", 5)
+    reverts.forget()
+    assert not reverts.revert("base", 5)
 
 
 @pytest.mark.parametrize(("error", "status"), [("Unknown section", "paused"), (None, "restore-vm")])
@@ -327,6 +361,8 @@ class Guest:
 
     def __init__(self) -> None:
         self.is_seen = False
+        self.is_shut = False  # libvirt opens it for nobody
+        self.is_alive = True  # the connection to libvirt
         self.deaf = 0  # requests that get lost
         self.sent: list[str] = []
         self.waiting = b""
@@ -338,15 +374,23 @@ class Guest:
 
     where = "box"
     agent_port: Any = None
+    hypervisor = SimpleNamespace(lost=lambda *words: ConnectionLostError(words[0]))
 
     @contextlib.contextmanager
-    def telling(self, *_: object) -> Iterator[None]:
-        yield
+    def telling(self, what: str, kind: type[MachineError]) -> Iterator[None]:
+        try:
+            yield
+        except libvirt.libvirtError:
+            raise kind(what) from None
 
     @property
     def raw(self) -> Any:
-        connection = SimpleNamespace(newStream=self._new_stream)
-        return SimpleNamespace(connect=lambda: connection, openChannel=lambda *_: None)
+        connection = SimpleNamespace(newStream=self._new_stream, isAlive=lambda: self.is_alive)
+        return SimpleNamespace(connect=lambda: connection, openChannel=self._open)
+
+    def _open(self, *_: object) -> None:
+        if self.is_shut:
+            raise libvirt.libvirtError("Active channel stream exists for this domain")
 
     def sees_agent(self) -> bool:
         self.looks += 1
@@ -370,13 +414,20 @@ class Guest:
             self.waiting += b'{"return": 1}\nrest of the past}\n{"return": %d}\n' % number
         elif request["execute"] == "guest-ping":
             self.waiting += b'{"return": {}}\n'
-        elif request["execute"] == "guest-end":
-            self.waiting = b"end"
+        elif request["execute"] in ("guest-end", "guest-interrupt"):
+            self.waiting = request["execute"].removeprefix("guest-").encode()
+        elif request["execute"] == "guest-die":
+            self.is_alive = False
         return len(data)
 
     def recv(self, _size: int) -> bytes | int:
         if self.waiting == b"end":
             return b""
+        if self.waiting == b"interrupt":
+            self.waiting = b'{"return": "late"}\n'
+            raise KeyboardInterrupt
+        if not self.is_alive:
+            raise libvirt.libvirtError("client socket is closed")
         chunk, self.waiting = self.waiting[:7], self.waiting[7:]
         return chunk or -2
 
@@ -465,6 +516,34 @@ def test_silent_agent_is_told_and_asked_anew(guest: Guest) -> None:
 def test_port_that_is_closed_by_the_other_side(guest: Guest) -> None:
     with pytest.raises(AgentError, match="was closed"):
         guest.agent_port.answer('{"execute": "guest-end"}', 5)
+
+
+def test_port_that_libvirt_does_not_open_is_left_to_libvirt(guest: Guest) -> None:
+    guest.is_shut = True
+    assert guest.agent_port.answer(PING, 5) is None
+    assert not guest.agent_port.is_answered(5)
+    assert guest.agent_port.is_recent
+    guest.is_shut, guest.open = False, 0
+    assert guest.agent_port.is_answered(5)
+
+
+def test_answer_that_nobody_waited_for_is_nobodys(guest: Guest) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        guest.agent_port.answer('{"execute": "guest-interrupt"}', 5)
+    assert guest.open == 0
+    assert guest.agent_port.answer(PING, 5) == {"return": {}}
+
+
+def test_libvirt_that_dies_in_a_command_is_a_lost_connection(guest: Guest) -> None:
+    with pytest.raises(ConnectionLostError):
+        guest.agent_port.answer('{"execute": "guest-die"}', 5)
+
+
+def test_libvirt_that_died_since_is_asked_in_its_own_way(guest: Guest) -> None:
+    guest.agent_port.answer(PING, 5)
+    guest.is_alive = False
+    assert guest.agent_port.answer(PING, 5) is None
+    assert guest.open == 0
 
 
 def test_nobody_sees_the_agent_for_ever(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

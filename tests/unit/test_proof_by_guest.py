@@ -1,5 +1,6 @@
 """The canary's scripts, run by this computer's shell on files that stand for the guest's."""
 
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,6 +147,25 @@ def test_a_disk_that_cannot_be_read_proves_nothing(
     said = canary.look(clock)
     assert said is not None
     assert said.startswith("disk: ")
+
+
+def test_a_disk_that_was_not_read_proves_nothing(
+    canary: Canary, clock: UnsetClock, disks: Disks, tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "dd").write_text("#!/bin/sh\nkill -9 $$\n")
+    disks.disk.write_bytes(bytes(4096))
+    assert canary.look(clock) == "disk: dd ended with the status -9"
+
+
+def test_another_file_that_is_missing_proves_nothing(
+    canary: Canary, clock: UnsetClock, disks: Disks, local_guest: "LocalGuest"
+) -> None:
+    said = base64.b64encode(b"sh: getcwd: No such file or directory\n--\n").decode()
+    local_guest.replies = {
+        "guest-exec": {"pid": 1},
+        "guest-exec-status": {"exited": True, "exitcode": 0, "err-data": said},
+    }
+    assert canary.look(clock) == "memory: sh: getcwd: No such file or directory"
 
 
 def test_a_guest_that_cannot_write_takes_no_marks(canary: Canary, disks: Disks) -> None:

@@ -1,5 +1,6 @@
 """Waiting for a machine, with the last words of its console, and setting its clock."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,31 +232,72 @@ def test_an_open_console_is_closed_at_the_end(box: Box, monkeypatch: pytest.Monk
 # the clock
 
 
-def test_the_clock_is_set_by_libvirt(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(libvirt.virDomain, "setTime", lambda self, time: given.append(time))
-    monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time", lambda: 1700000000.25)
-    clock.set_clock(box.define())
-    assert given == [{"seconds": 1700000000, "nseconds": 250000000}]
-
-
-@pytest.mark.parametrize("refusals", [{}, {"guest-exec": "disabled"}])
-def test_else_by_date_and_else_not_at_all(
+@pytest.mark.parametrize(
+    ("refusals", "asked"),
+    [
+        ({}, ["guest-set-time"]),
+        ({"guest-set-time": "no hwclock"}, ["guest-set-time", "guest-exec", "guest-exec-status"]),
+        (
+            {"guest-set-time": "no hwclock", "guest-exec": "disabled"},
+            ["guest-set-time", "guest-exec"],
+        ),
+    ],
+)
+def test_the_clock_is_set_by_the_agent_else_by_date_and_else_not_at_all(
     box: Box,
     local_guest: "LocalGuest",
     monkeypatch: pytest.MonkeyPatch,
     refusals: dict[str, str],
+    asked: list[str],
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise libvirt.libvirtError("no hwclock")
-
-    monkeypatch.setattr(libvirt.virDomain, "setTime", refuse)
     monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time", lambda: 1700000000.25)
+    monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time_ns", lambda: 1700000000250000000)
     local_guest.replies = {
+        "guest-set-time": {},
         "guest-exec": {"pid": 1},
         "guest-exec-status": {"exited": True, "exitcode": 0},
     }
     local_guest.refusals = refusals
     clock.set_clock(box.define())
-    asked = local_guest.requests[0]["arguments"]
-    assert (asked["path"], asked["arg"]) == ("date", ["-s", "@1700000000"])
+    assert local_guest.log == asked
+    assert local_guest.requests[0]["arguments"] == {"time": 1700000000250000000}
+    if len(asked) > 1:
+        ran = local_guest.requests[1]["arguments"]
+        assert (ran["path"], ran["arg"]) == ("date", ["-s", "@1700000000"])
+
+
+@pytest.mark.parametrize(
+    ("words", "exact", "set_otherwise"),
+    [(["exact"], True, 0), (["rounded"], False, 0), (["failed"], True, 1), ([""], True, 1)],
+)
+def test_the_clock_is_set_along_with_another_command(
+    box: Box, monkeypatch: pytest.MonkeyPatch, words: list[str], exact: bool, set_otherwise: int
+) -> None:
+    """A guest whose `date` takes no fractions is not asked to a second time."""
+    otherwise: list[object] = []
+    monkeypatch.setattr(clock, "set_clock", otherwise.append)
+    monkeypatch.setattr("pytest_kvmsnap.guest.clock.time.time", lambda: 1700000000.75)
+    ours = clock.Clock(box.define())
+    assert ours.script()[1] == ["1700000000.750", "1700000001"]
+    for word in words:
+        ours.heard(word)
+    assert ours.script()[1] == ["1700000000.750" if exact else "1700000001", "1700000001"]
+    assert len(otherwise) == set_otherwise
+
+
+@pytest.mark.parametrize("takes_fractions", [True, False])
+def test_the_script_says_how_it_set_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes_fractions: bool
+) -> None:
+    date = tmp_path / "date"
+    refusal = "" if takes_fractions else "case $2 in *.*) exit 1 ;; esac; "
+    date.write_text(f'#!/bin/sh\n{refusal}echo "$@" > "{tmp_path}/set"\n')
+    date.chmod(0o755)
+    script = clock._SET + 'echo "$@"'
+    command = ["/bin/sh", "-c", script, "sh", "1.5", "2", "what follows"]
+    said = subprocess.run(
+        command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split("\n")[0] == ("exact" if takes_fractions else "rounded")
+    assert said.stdout.split("\n")[1] == "what follows"
+    assert (tmp_path / "set").read_text() == f"-s @{'1.5' if takes_fractions else '2'}\n"
