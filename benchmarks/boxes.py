@@ -72,6 +72,14 @@ class Site:
         )
 
 
+def finish(found: dict[str, Any], begin: float, file: Path | None) -> None:
+    """Say how long it took, and write what was found to a file, if one was named."""
+    found["seconds"] = time.monotonic() - begin
+    print(f"\n{found['seconds']:.0f} s in all")
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1))
+
+
 @contextlib.contextmanager
 def site() -> Iterator[Site]:
     """Have a daemon of which nothing is left afterwards, its machines included."""

@@ -33,6 +33,7 @@ from benchmarks.boxes import (
     Meter,
     Site,
     call,
+    finish,
     is_taken,
     pytest_command,
     run_in_guest,
@@ -416,10 +417,7 @@ def main() -> None:
             for way in all_ways:
                 for remark in way.remarks:
                     print(remark)
-    found["seconds"] = time.monotonic() - begin
-    print(f"\n{found['seconds']:.0f} s in all")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
+    finish(found, begin, options.json)
 
 
 if __name__ == "__main__":

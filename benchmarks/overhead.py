@@ -23,7 +23,7 @@ from typing import Any
 # At the end, so that what is installed comes before the checkout.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.boxes import Box, Site, is_taken, pytest_command, site, timed
+from benchmarks.boxes import Box, Site, finish, is_taken, pytest_command, site, timed
 
 TESTS_PER_IMAGE = 12
 FAST = "--kvmsnap-revert=fast"
@@ -205,10 +205,7 @@ def main() -> None:
         tell_tests("snapshots", found["snapshots"])
     found["unused"] = unused(options.unused_tests, options.rounds)
     tell_unused(found["unused"])
-    found["seconds"] = time.monotonic() - begin
-    print(f"\n{found['seconds']:.0f} s in all")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
+    finish(found, begin, options.json)
 
 
 if __name__ == "__main__":

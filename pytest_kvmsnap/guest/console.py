@@ -8,10 +8,9 @@ from pathlib import Path
 
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import libvirt
+from pytest_kvmsnap.machine.libvirt_api import NOTHING_YET, libvirt
 
 _KEPT = 8192  # bytes
-_NOTHING_YET = -2
 
 
 class ConsoleTail:
@@ -30,7 +29,7 @@ class ConsoleTail:
             except libvirt.libvirtError:
                 self._stream = None
                 return
-            if chunk == _NOTHING_YET or not chunk:
+            if chunk == NOTHING_YET or not chunk:
                 return
             self._heard.extend(bytes(chunk))
 

@@ -50,8 +50,9 @@ class FastReverts:
     def deleted(self, snapshots: Collection[str]) -> None:
         """Note that we deleted snapshots ourselves."""
         if self._look is not None:
-            left = self._look.snapshots.difference(snapshots)
-            self._look = self._look._replace(snapshots=left)
+            outside = self._look.outside
+            left = outside._replace(snapshots=outside.snapshots.difference(snapshots))
+            self._look = self._look._replace(outside=left)
 
     def revert(self, snapshot: str, timeout: float) -> bool:
         """Revert inside QEMU if that is the same; tell whether it is done.
@@ -73,7 +74,7 @@ class FastReverts:
         except MachineError as error:
             self._say(error.why or error.what)
             return False
-        if any(domainxml.sees_agent(look.live) for look in (before, now)):
+        if any(domainxml.sees_agent(look.outside.live) for look in (before, now)):
             AgentPort(self._domain).open()
         self._look = before
         return True

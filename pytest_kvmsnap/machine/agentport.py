@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kvmsnap.errors import AgentError, KvmsnapError
 from pytest_kvmsnap.machine.domainxml import AGENT_CHANNEL
-from pytest_kvmsnap.machine.libvirt_api import libvirt
+from pytest_kvmsnap.machine.libvirt_api import NOTHING_YET, is_alive, libvirt
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.machine.domain import Domain
@@ -39,7 +39,6 @@ _LOOK = 0.1
 _SYNC = 0.1
 """Seconds for an answer to `guest-sync`: what reaches a port before it is open is lost."""
 _PAUSE = 0.001
-_NOTHING_YET = -2  # what libvirt's streams say, the only number that they do
 
 
 class AgentPort:
@@ -178,10 +177,7 @@ class _Line:
 
     def is_alive(self) -> bool:
         """Tell whether the connection to libvirt is, through which it goes."""
-        try:
-            return bool(self._connection.isAlive())
-        except libvirt.libvirtError:
-            return False
+        return is_alive(self._connection)
 
     def _sync(self, end: float) -> None:
         """Ask for nothing else until an answer shows that the agent listens.
@@ -215,7 +211,7 @@ class _Line:
         with self._telling():
             while left:
                 sent: int = self._stream.send(left)
-                if sent != _NOTHING_YET:
+                if sent != NOTHING_YET:
                     left = left[sent:]
                 elif time.monotonic() > end:
                     raise self._no_answer("anything")
@@ -229,8 +225,8 @@ class _Line:
                 chunk: bytes | int = self._stream.recv(65536)
                 if not chunk:
                     raise AgentError("the guest agent's port was closed", where=self._domain.where)
-                if not isinstance(chunk, int):
-                    self._received += chunk
+                if chunk != NOTHING_YET:
+                    self._received += bytes(chunk)
                 elif time.monotonic() > end:
                     return None
                 else:

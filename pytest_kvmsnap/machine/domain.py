@@ -84,8 +84,7 @@ class Domain:
         """Turn libvirt's errors into ours, as `Hypervisor.telling` does."""
         return self.hypervisor.telling(what, self.where, kind)
 
-    def tolerating(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Go on where libvirt does not do something, as `Hypervisor.tolerating` does."""
+    def _tolerating(self, what: str) -> contextlib.AbstractContextManager[None]:
         return self.hypervisor.tolerating(what, self.where)
 
     @property
@@ -374,7 +373,7 @@ class Domain:
         for some: for 30 s at most, and then that is the answer.
         """
         jobs = (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
-        with self.tolerating("cannot look for a job"):  # a driver without jobs, or it is off now
+        with self._tolerating("cannot look for a job"):  # a driver without jobs, or it is off now
             raw = self.raw
             control: Any = raw.controlInfo()  # the binding's annotation is wrong, twice
             if control[0] == libvirt.VIR_DOMAIN_CONTROL_JOB:
@@ -392,7 +391,7 @@ class Domain:
         """Return which disks of a running machine are just being copied, by their targets."""
         found = []
         for disk in disks:
-            with self.tolerating("cannot look for block jobs"):  # a driver without them has none
+            with self._tolerating("cannot look for block jobs"):  # a driver without them has none
                 if self.raw.blockJobInfo(disk.target):
                     found.append(disk.target)
         return found
@@ -400,7 +399,7 @@ class Domain:
     def end_block_jobs(self) -> None:
         """Abort the block jobs of a running machine: they make a revert fail (libvirt error 55)."""
         for target in self.block_jobs(self.disks()) if self.is_active() else ():
-            with self.tolerating("cannot end a block job"):  # it ended meanwhile
+            with self._tolerating("cannot end a block job"):  # it ended meanwhile
                 self.raw.blockJobAbort(target)
 
     def migration_blockers(self) -> list[str]:
@@ -461,7 +460,7 @@ class Domain:
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
         ):
-            with self.tolerating("cannot ask for the addresses"):
+            with self._tolerating("cannot ask for the addresses"):
                 interfaces: dict[str, Any] = self.raw.interfaceAddresses(source)  # type: ignore[assignment]
                 told = [each["addrs"] or () for each in interfaces.values()]
                 found = [address["addr"] for addresses in told for address in addresses]
@@ -471,7 +470,7 @@ class Domain:
 
     def memory_in_use(self) -> int:
         """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
-        with self.tolerating("cannot ask how much memory is in use"):
+        with self._tolerating("cannot ask how much memory is in use"):
             statistics: dict[str, int] = self.raw.memoryStats()  # type: ignore[assignment]
             resident = statistics.get("rss")
             if resident:

@@ -5,18 +5,17 @@ https://qemu.readthedocs.io/en/latest/interop/qemu-qmp-ref.html) brings back wha
 guest: memory, devices, disks. It brings back nothing of what libvirt knows, nor a device that came
 or went since. So it is used only while nothing of that differs from how the machine looked when it
 came to the snapshot by libvirt. The use of the monitor is not supported by libvirt, which logs the
-taint "custom-monitor" (https://libvirt.org/kbase/domainstatecapture.html and virDomainQemuMonitor).
+taint "custom-monitor" (https://libvirt.org/drvqemu.html#pass-through-of-arbitrary-qemu-commands).
 """
 
 import contextlib
-import json
 import secrets
 import time
 import xml.etree.ElementTree as ET
 from typing import Any, NamedTuple
 
 from pytest_kvmsnap.errors import MachineError, RevertError
-from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.domain import Domain, Outside
 from pytest_kvmsnap.machine.libvirt_api import libvirt, libvirt_qemu
 
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -30,28 +29,23 @@ _SETTLING = 2.0
 class Look(NamedTuple):
     """All that a revert inside QEMU would leave as it is, so that it must not have changed.
 
-    `process` tells one QEMU process, and one connection of ours to its libvirt, from another.
-    `tags` are, by the node of each writable drive, the snapshot that it would be brought back to.
+    `times_opened` tells one connection of ours from another: over a restart of libvirt its numbers
+    of processes may begin anew. `tags` are, by the node of each writable drive, the snapshot that
+    it would be brought back to.
     """
 
-    process: tuple[int, int]
-    live: str
-    inactive: str
-    persistent: bool
-    autostart: bool
-    current: str | None
-    managed_save: bool
-    snapshots: frozenset[str]
+    outside: Outside
+    times_opened: int
     devices: frozenset[str]
-    drives: str
+    drives: list[dict[str, Any]]
     tags: dict[str, Any]
     jobs: list[str]
     reboots: int
 
 
-_NOT_RUNNING = "its state is another"
 _CHANGES = {
-    "process": "it is another QEMU process, or libvirt was away",
+    "state": "its state is another",
+    "id": "it is another QEMU process",
     "live": "its live definition changed (a device, its memory, a link, …)",
     "inactive": "it was redefined",
     "persistent": "it was undefined",
@@ -59,12 +53,14 @@ _CHANGES = {
     "current": "another snapshot is the current one",
     "managed_save": "it has a managed save",
     "snapshots": "snapshots came or went",
+    "times_opened": "libvirt was away",
     "devices": "QEMU has other devices",
     "drives": "its drives changed",
     "tags": "its images hold another snapshot of that name",
     "jobs": "QEMU is busy with a job",
     "reboots": "the guest rebooted",
 }
+"""What is told of each part of a look, and of the outside in it."""
 
 
 class Watch:
@@ -110,7 +106,7 @@ def look(domain: Domain, snapshot: str, watch: Watch) -> Look:
     """
     outside = domain.outside()
     if outside.state != "running":
-        raise MachineError("cannot look into QEMU", where=domain.where, why=_NOT_RUNNING)
+        raise MachineError("cannot look into QEMU", where=domain.where, why=_CHANGES["state"])
     drives, jobs, *devices = domain.monitored(
         [
             ("query-block", None),
@@ -119,20 +115,14 @@ def look(domain: Domain, snapshot: str, watch: Watch) -> Look:
         ]
     )
     return Look(
-        process=(outside.id, domain.hypervisor.times_opened),
-        live=outside.live,
-        inactive=outside.inactive,
-        persistent=outside.persistent,
-        autostart=outside.autostart,
-        current=outside.current,
-        managed_save=outside.managed_save,
-        snapshots=outside.snapshots,
+        outside=outside,
+        times_opened=domain.hypervisor.times_opened,
         devices=frozenset(
             f"{path}/{entry['name']} {entry['type']}"
             for path, entries in zip(_DEVICES, devices, strict=True)
             for entry in entries
         ),
-        drives=json.dumps([_steady(drive) for drive in drives], sort_keys=True),
+        drives=[_steady(drive) for drive in drives],
         tags=_tags(drives, snapshot),
         jobs=[job["id"] for job in jobs],
         reboots=watch.count,  # last, since QEMU tells of them a little later
@@ -141,10 +131,16 @@ def look(domain: Domain, snapshot: str, watch: Watch) -> Look:
 
 def changes(before: Look, now: Look) -> list[str]:
     """Return in words what differs between two looks."""
-    differing = [name for name in Look._fields if getattr(before, name) != getattr(now, name)]
-    if "live" in differing and _steady_xml(before.live) == _steady_xml(now.live):
+    old, new = _parts(before), _parts(now)
+    differing = [name for name in _CHANGES if old[name] != new[name]]
+    if "live" in differing and _steady_xml(old["live"]) == _steady_xml(new["live"]):
         differing.remove("live")
     return [_CHANGES[name] for name in differing]
+
+
+def _parts(look: Look) -> dict[str, Any]:
+    """Return all parts of a look by name, those of the outside among them."""
+    return look.outside._asdict() | look._asdict()
 
 
 def unfit(at: Look) -> str | None:

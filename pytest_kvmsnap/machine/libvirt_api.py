@@ -23,7 +23,10 @@ from pytest_kvmsnap.errors import (
     MachineError,
 )
 
-__all__ = ["Hypervisor", "connect", "libvirt", "libvirt_qemu"]
+__all__ = ["NOTHING_YET", "Hypervisor", "connect", "is_alive", "libvirt", "libvirt_qemu"]
+
+NOTHING_YET = -2
+"""What a stream that does not block says when there is nothing to be had, or no room."""
 
 _T = TypeVar("_T")
 
@@ -113,7 +116,7 @@ class Hypervisor:
                 for that; once that was in vain, the next ones who ask have one try each.
         """
         with self._lock:
-            if not _is_alive(self._connection):
+            if not is_alive(self._connection):
                 # Dropped rather than closed: another thread may just be in a call on it, and the
                 # last who lets go of it closes it.
                 self._connection = self._open_again()
@@ -342,7 +345,8 @@ def _open_in_a_thread(uri: str) -> "Future[libvirt.virConnect]":
     return opening
 
 
-def _is_alive(connection: libvirt.virConnect) -> bool:
+def is_alive(connection: libvirt.virConnect) -> bool:
+    """Tell whether a connection can still be used."""
     try:
         return bool(connection.isAlive())
     except libvirt.libvirtError:
@@ -359,7 +363,7 @@ def _is_loss(error: libvirt.libvirtError, connection: libvirt.virConnect) -> boo
         error.get_error_domain() == libvirt.VIR_FROM_RPC
         or "client socket is closed" in _reason(error)
     )
-    return is_of_the_way and not _is_alive(connection)
+    return is_of_the_way and not is_alive(connection)
 
 
 def _connection_cure(uri: str, error: libvirt.libvirtError) -> str:
@@ -407,7 +411,7 @@ def _wait_until_settled(
     to 0.3 s before).
     """
     end = time.monotonic() + seconds
-    while time.monotonic() < end and _is_alive(connection):
+    while time.monotonic() < end and is_alive(connection):
         with contextlib.suppress(libvirt.libvirtError):
             if not any(map(_is_in_between, connection.listAllDomains())):
                 return
