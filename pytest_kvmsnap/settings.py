@@ -14,6 +14,8 @@ from pytest_kvmsnap.pools import Pool, domain_or_pool
 from pytest_kvmsnap.sizes import parse_size
 
 HOOK = "pytest_kvmsnap_lab"
+CONSOLE = "console:"
+"""What `ready` begins with where a text on the console tells, the regular expression follows."""
 _GROWTH_LIMIT = 10 * 2**30
 
 
@@ -73,6 +75,43 @@ def _yes_no(value: str) -> bool:
         return {"yes": True, "true": True, "no": False, "false": False}[value.strip().lower()]
     except KeyError:
         raise ValueError("must be yes or no") from None
+
+
+def _count_or_none(value: str) -> int:
+    if not value.strip().isdecimal():
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _port(value: str) -> int:
+    if not value.strip().isdecimal() or not 0 < int(value) < 2**16:
+        raise ValueError("must be a port, 1 to 65535")
+    return int(value)
+
+
+def _place(value: str, folder: Path) -> Path:
+    return folder / Path(_text(value)).expanduser()
+
+
+def _key_file(value: str, folder: Path) -> Path:
+    path = _place(value, folder)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def _ready(value: str) -> str:
+    wanted = value.strip()
+    if wanted.startswith(CONSOLE):
+        try:
+            pattern = re.compile(wanted.removeprefix(CONSOLE))
+        except re.error as error:
+            raise ValueError(f"what follows {CONSOLE} is no regular expression: {error}") from None
+        if pattern.match(""):
+            raise ValueError(f"what follows {CONSOLE} matches a console that says nothing")
+    elif wanted not in ("agent", "ssh", "none"):
+        raise ValueError(f"must be agent, ssh, none, or {CONSOLE} and a regular expression")
+    return wanted
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -206,11 +245,12 @@ OPTIONS = (
     ),
     Option(
         "ready",
-        _one_of("agent", "none"),
+        _ready,
         None,
         "agent where the domain has the channel, else none",
-        "what a ready machine answers: agent or none",
-        "{agent,none}",
+        "what a ready machine answers: agent, ssh, or none; or console:REGEX, what it says on its"
+        " serial console once it has booted",
+        "MEANS",
     ),
     Option(
         "ready-timeout",
@@ -260,6 +300,73 @@ OPTIONS = (
         "warn when the image of a machine grew by more during the run",
         "SIZE",
     ),
+    Option(
+        "keep",
+        _one_of("never", "on-failure", "always"),
+        "never",
+        "never",
+        "keep the state that a test left, as a snapshot of the machine",
+        "{never,on-failure,always}",
+    ),
+    Option(
+        "keep-max",
+        _count,
+        3,
+        "3",
+        "how many kept states a machine has at most; the oldest goes first",
+        "NUMBER",
+    ),
+    Option(
+        "output",
+        _place,
+        None,
+        "kvmsnap-results",
+        "folder for what failed tests leave: screen, console, logs",
+        "DIR",
+        names_files=True,
+    ),
+    Option(
+        "durations",
+        _count_or_none,
+        0,
+        "0",
+        "list so many of the slowest preparations of machines at the end",
+        "NUMBER",
+    ),
+    Option(
+        "report",
+        _place,
+        None,
+        "none",
+        "write what machines the run used, and what that cost, to this file as JSON",
+        "FILE",
+        names_files=True,
+    ),
+    Option(
+        "ssh-user",
+        _text,
+        "root",
+        "root",
+        "user in the guest for ready=ssh and vm.ssh",
+        "USER",
+    ),
+    Option(
+        "ssh-key",
+        _key_file,
+        None,
+        "those of ssh itself",
+        "private key for ready=ssh and vm.ssh",
+        "FILE",
+        names_files=True,
+    ),
+    Option(
+        "ssh-port",
+        _port,
+        22,
+        "22",
+        "port in the guest for ready=ssh and vm.ssh",
+        "PORT",
+    ),
 )
 _BY_KEY = {option.key: option for option in OPTIONS}
 
@@ -278,13 +385,21 @@ class Settings:
     revert: Literal["force", "fast"] = "force"
     live: bool = True
     verify: Literal["canary", "state"] = "canary"
-    ready: Literal["agent", "none"] | None = None
+    ready: str | None = None
     ready_timeout: float = 120.0
     revert_timeout: float = 300.0
     lock_timeout: float = 600.0
     lock_dir: Path | None = None
     max_concurrent: int | None = None
     growth_limit: int = _GROWTH_LIMIT
+    keep: Literal["never", "on-failure", "always"] = "never"
+    keep_max: int = 3
+    output: Path | None = None
+    durations: int = 0
+    report: Path | None = None
+    ssh_user: str = "root"
+    ssh_key: Path | None = None
+    ssh_port: int = 22
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
-from pytest_kvmsnap.guest.clock import set_clock
-from pytest_kvmsnap.guest.ready import Ready, wait_ready
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot
@@ -32,22 +31,18 @@ class VM:
 
     def __init__(
         self,
-        domain: Domain,
+        guest: Guest,
         *,
-        ready: Ready,
-        ready_timeout: float,
         revert_timeout: float,
         description: str,
         on_use: Callable[[], None] = lambda: None,
         on_snapshot: Callable[[str], None] = lambda _: None,
     ) -> None:
+        domain = guest.domain
         self.name = domain.name
         self.uuid = domain.uuid
         self.uri = domain.hypervisor.uri
-        self._used_domain = domain
-        self._used_agent = Agent(domain)
-        self._ready = ready
-        self._ready_timeout = ready_timeout
+        self._used_guest = guest
         self._revert_timeout = revert_timeout
         self._description = description
         self._on_use = on_use
@@ -57,14 +52,17 @@ class VM:
         return f"<VM {self.name!r} at {self.uri}>"
 
     @property
-    def _domain(self) -> Domain:
+    def _guest(self) -> Guest:
         self._on_use()
-        return self._used_domain
+        return self._used_guest
+
+    @property
+    def _domain(self) -> Domain:
+        return self._guest.domain
 
     @property
     def _agent(self) -> Agent:
-        self._on_use()
-        return self._used_agent
+        return self._guest.agent
 
     # power
 
@@ -95,7 +93,7 @@ class VM:
 
         `wait_ready` waits until it is up again.
         """
-        self._domain.reboot(timeout, by_agent=self._ready == "agent")
+        self._domain.reboot(timeout, by_agent=self._guest.has_agent)
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the machine is ready, `--kvmsnap-ready-timeout` seconds unless told otherwise.
@@ -103,7 +101,7 @@ class VM:
         Raises:
             NotReadyError: it is not; the message has the last lines of its console.
         """
-        wait_ready(self._domain, self._ready, self._ready_timeout if timeout is None else timeout)
+        self._guest.wait_ready(timeout)
 
     # snapshots and disks
 
@@ -137,8 +135,7 @@ class VM:
         self._domain.revert(_name(snapshot), self._revert_timeout)
         if self.state == "running":
             self.wait_ready()
-            if self._ready == "agent":
-                set_clock(self._domain)
+            self._guest.set_clock()
 
     def delete_snapshot(self, snapshot: str | Snapshot) -> None:
         """Delete a snapshot."""

@@ -1,7 +1,6 @@
 """Waiting until a machine can be used."""
 
 import time
-from typing import Literal
 
 from pytest_kvmsnap.errors import AgentLostError, NotReadyError
 from pytest_kvmsnap.guest.agent import LOST, Agent
@@ -9,7 +8,8 @@ from pytest_kvmsnap.guest.console import console_tail
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domain import Domain
 
-Ready = Literal["agent", "none"]
+Ready = str
+"""What tells that a machine is ready, as the option `ready` has it."""
 
 _PATIENCE = 2.0
 """Seconds that libvirt may have lost the agent. A guest that reboots opens its port anew."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from pytest_kvmsnap.errors import KvmsnapError, LeaseError
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import journal as journals
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.journal import Journal
@@ -23,13 +24,7 @@ def work_off(domain: Domain, lease: Lease, settings: Settings, tell: Callable[[s
     journal = journals.load(lease.journal_path)
     if journal is None:
         return
-    restore.as_found(
-        domain,
-        journal,
-        ready=settings.ready,
-        ready_timeout=settings.ready_timeout,
-        revert_timeout=settings.revert_timeout,
-    )
+    restore.as_found(Guest(domain, settings), journal, settings.revert_timeout)
     state = f" ({journal.found.state})" if journal.found else ""
     done = f"put {domain.name} back as found{state}"
     if journal.clone is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_kvmsnap.errors import DomainNotFoundError, KvmsnapError
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.journal import Found, Journal
 from pytest_kvmsnap.lab.lease import Lease
@@ -152,11 +153,4 @@ def _put_back(domain: Domain, found: Snapshot, journal: Journal, site: Site) -> 
         definition=domain.xml(inactive=True),
         snapshots={name: xml for name, xml in xmls.items() if name not in ours},
     )
-    restore.as_found(
-        domain,
-        journal,
-        ready=settings.ready,
-        ready_timeout=settings.ready_timeout,
-        revert_timeout=settings.revert_timeout,
-        at=found.name,
-    )
+    restore.as_found(Guest(domain, settings), journal, settings.revert_timeout, at=found.name)

@@ -18,10 +18,9 @@ from pytest_kvmsnap.errors import (
     SnapshotError,
     SnapshotNotFoundError,
 )
-from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
-from pytest_kvmsnap.guest.clock import Clock, set_clock
-from pytest_kvmsnap.guest.ready import means_of, wait_ready
+from pytest_kvmsnap.guest.clock import Clock
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.lab.growth import Growth
@@ -64,7 +63,7 @@ class Machine:
         self._journal = journal
         self._settings = settings
         self._slots = slots
-        self._ready = means_of(domain, settings.ready)
+        self._guest = Guest(domain, settings)
         self._fast = FastReverts(domain, tell) if settings.revert == "fast" else None
         self._clock = Clock(domain)
         self._found = journal.found or restore.look(domain)  # found by the worker before us
@@ -105,9 +104,7 @@ class Machine:
     def vm(self, on_use: Callable[[], None]) -> VM:
         """Return the machine as tests and fixtures hold it; `on_use` is called at each use."""
         return VM(
-            self.domain,
-            ready=self._ready,
-            ready_timeout=self._settings.ready_timeout,
+            self._guest,
             revert_timeout=self._settings.revert_timeout,
             description=self._journal.description(),
             on_use=on_use,
@@ -192,7 +189,7 @@ class Machine:
             MachineError: it did not get ready, or the snapshot could not be taken.
         """
         if self.domain.state() == "running":
-            wait_ready(self.domain, self._ready, self._settings.ready_timeout)
+            self._guest.wait_ready()
             if self._settings.live:
                 self._plant()
             else:
@@ -292,11 +289,9 @@ class Machine:
         goal = self._journal.found_snapshot
         with self._slots.one():
             restore.as_found(
-                self.domain,
+                self._guest,
                 self._journal,
-                ready=self._settings.ready,
-                ready_timeout=self._settings.ready_timeout,
-                revert_timeout=self._settings.revert_timeout,
+                self._settings.revert_timeout,
                 at=goal if goal is not None and self._stands_at(goal) else None,
             )
 
@@ -335,7 +330,7 @@ class Machine:
         if self._journal.found_snapshot is None:
             self._go_on()
             if self._found.state == "running" and self._settings.live:
-                wait_ready(self.domain, self._ready, self._settings.ready_timeout)
+                self._guest.wait_ready()
                 self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
@@ -450,12 +445,12 @@ class Machine:
 
     def _arrive(self) -> None:
         """Wait for a machine that just came up; set its clock and look for marks."""
-        wait_ready(self.domain, self._ready, self._settings.ready_timeout)
+        self._guest.wait_ready()
         left: str | None = ""
         if self._marked is not None:
             left = self._marked.look(self._clock)
-        elif self._ready == "agent":
-            set_clock(self.domain)
+        else:
+            self._guest.set_clock()
         self._marked = None  # only now: a lost connection leaves them to the next revert
         if left is None:
             self.unproven.append(self._user)
@@ -503,7 +498,7 @@ class Machine:
     def _plant(self) -> None:
         """Allocate the canary's block before a snapshot is taken."""
         if self._takes_marks():
-            Canary(Agent(self.domain), self._journal.run).plant()
+            Canary(self._guest.agent, self._journal.run).plant()
 
     def _mark(self) -> Canary | None:
         """Have the guest make the marks that a revert must wipe out; None when it cannot."""
@@ -514,11 +509,11 @@ class Machine:
             raise
         except MachineError:  # the domain is gone; the revert brings it back
             return None
-        canary = Canary(Agent(self.domain), secrets.token_hex(8))
+        canary = Canary(self._guest.agent, secrets.token_hex(8))
         return canary if canary.mark() else None
 
     def _takes_marks(self) -> bool:
-        return self._settings.verify == "canary" and self._ready == "agent"
+        return self._settings.verify == "canary" and self._guest.has_agent
 
     def _check_state(self, snapshot: str) -> None:
         state, current = self.domain.state(), self.domain.current()

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 
 from pytest_kvmsnap.errors import MachineError
-from pytest_kvmsnap.guest.agent import Agent
 from pytest_kvmsnap.guest.canary import Canary
-from pytest_kvmsnap.guest.clock import set_clock
-from pytest_kvmsnap.guest.ready import Ready, means_of, wait_ready
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab.journal import Found, Journal
 from pytest_kvmsnap.machine import clone, conversion, orphans
 from pytest_kvmsnap.machine.domain import Domain
@@ -61,13 +59,7 @@ def delete(domain: Domain, is_over: Callable[[str], bool]) -> None:
 
 
 def as_found(
-    domain: Domain,
-    journal: Journal,
-    *,
-    ready: Ready | None,
-    ready_timeout: float,
-    revert_timeout: float,
-    at: str | None = None,
+    guest: Guest, journal: Journal, revert_timeout: float, *, at: str | None = None
 ) -> None:
     """Leave a machine as a run found it, and forget the run. A throwaway machine is removed.
 
@@ -76,6 +68,7 @@ def as_found(
     Raises:
         MachineError: it could not be put back; the journal stays, so that it can be tried again.
     """
+    domain = guest.domain
     if journal.clone is not None:
         discard(domain, journal)
         return
@@ -85,7 +78,7 @@ def as_found(
     if found is not None:
         _go_back(domain, journal, found, revert_timeout, at)
         if found.state == "running" and (journal.planted or at is None):
-            _tidy_guest(domain, journal, means_of(domain, ready), ready_timeout)
+            _tidy_guest(guest, journal)
         delete_ours(domain, journal)
         _restore_current(domain, found)
         if domain.xml(inactive=True) != found.definition:  # a revert changes the order of devices
@@ -125,14 +118,14 @@ def _is_just_being_deleted(domain: Domain, journal: Journal, goal: str) -> bool:
     return names_of(domain, journal) == [goal] and bool(orphans.without_data(domain, [goal]))
 
 
-def _tidy_guest(domain: Domain, journal: Journal, ready: Ready, timeout: float) -> None:
+def _tidy_guest(guest: Guest, journal: Journal) -> None:
     """Remove the canary's block from a machine that was found running, and set its clock."""
-    if ready != "agent" or domain.state() != "running":
+    if guest.domain.state() != "running":
         return
-    wait_ready(domain, ready, timeout)
-    set_clock(domain)
+    guest.wait_ready()
+    guest.set_clock()
     if journal.planted:
-        Canary(Agent(domain), journal.run).remove()
+        Canary(guest.agent, journal.run).remove()
 
 
 def names_of(domain: Domain, journal: Journal) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine import domainxml
@@ -65,10 +65,18 @@ class Outside(NamedTuple):
     snapshots: frozenset[str]
 
 
+class Client(Protocol):
+    """Who holds connections to a machine, which a revert breaks."""
+
+    def hang_up(self) -> None:
+        """Close them; they may be opened again at any time. Never fails."""
+
+
 class Domain:
     """A domain of a hypervisor, found by its UUID, so that a rename does not lose it.
 
     `agent_port` is the way to its agent while libvirt does not see that, after a fast revert.
+    `clients` are told to hang up before the machine jumps in time.
     """
 
     def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
@@ -77,6 +85,7 @@ class Domain:
         self.name = name
         self.where = f"{name} at {hypervisor.uri}"
         self.agent_port: AgentPort | None = None
+        self.clients: list[Client] = []
 
     def telling(
         self, what: str, kind: type[KvmsnapError] = MachineError
@@ -438,7 +447,9 @@ class Domain:
         return told["return"]
 
     def hang_up(self) -> None:
-        """Let go of the way past libvirt to the guest's agent, if there is one."""
+        """Have all connections to the machine closed that are ours."""
+        for client in self.clients:
+            client.hang_up()
         if self.agent_port is not None:
             self.agent_port.close()
             self.agent_port = None

@@ -20,7 +20,7 @@ from pytest_kvmsnap.errors import (
     SnapshotError,
 )
 from pytest_kvmsnap.guest.canary import MEMORY
-from pytest_kvmsnap.guest.ready import wait_ready
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import machine
 from pytest_kvmsnap.machine.domain import Domain
 
@@ -101,12 +101,14 @@ def test_a_machine_whose_agent_libvirt_lost_is_put_back_once_more(
     error = AgentLostError("the machine did not get ready", where="box", why="the mock says so")
     waits = iter([None, *[error] * times] if found == "running" else [error] * times)
 
+    original = Guest.wait_ready
+
     def losing(*args: Any) -> None:
         if lost := next(waits, None):
             raise lost
-        wait_ready(*args)
+        original(*args)
 
-    monkeypatch.setattr(machine, "wait_ready", losing)
+    monkeypatch.setattr(Guest, "wait_ready", losing)
     suite.write("def test_one(vm): pass")
     result = suite.run()
     if times == 1:
@@ -154,8 +156,8 @@ def test_a_lost_agent_costs_no_proof(
 
     monkeypatch.setattr(Marks, "log", [])
     monkeypatch.setattr(machine, "Canary", Marks)
-    monkeypatch.setattr(machine, "wait_ready", losing)
-    monkeypatch.setattr(machine, "set_clock", lambda _: None)
+    monkeypatch.setattr(Guest, "wait_ready", losing)
+    monkeypatch.setattr(Guest, "set_clock", lambda _: None)
     suite.write("def test_one(vm): pass\ndef test_two(vm): pass")
     result = suite.run("--kvmsnap-live=no")
     result.assert_outcomes(passed=2)
@@ -384,7 +386,7 @@ def test_a_test_that_deletes_our_snapshot_is_told_by_its_teardown(
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 
 
-class Guest:
+class StubGuest:
     """What the canary asks of the guest. `reverts` tells whether marks vanish with a revert."""
 
     def __init__(self, *, reverts: bool = True, takes_marks: bool = True) -> None:
@@ -419,7 +421,7 @@ class Guest:
         self.removed += "rm -f" in script
         return 0, ""
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Guest":
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "StubGuest":
         from pytest_kvmsnap.guest.agent import Agent
 
         revert = Domain.revert
@@ -443,7 +445,7 @@ def define_with_agent(host: "Host", state: str = "running") -> None:
 def test_each_revert_is_proven_by_the_guest(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    guest = Guest().install(monkeypatch)
+    guest = StubGuest().install(monkeypatch)
     define_with_agent(host, state)
     before = host.look()
     suite.write(THREE_TESTS)
@@ -459,7 +461,7 @@ def test_each_revert_is_proven_by_the_guest(
 def test_a_mark_that_is_still_there_after_a_revert_is_an_error(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Guest(reverts=False).install(monkeypatch)
+    StubGuest(reverts=False).install(monkeypatch)
     define_with_agent(host)
     suite.write(THREE_TESTS)
     result = suite.run()
@@ -476,7 +478,7 @@ def test_a_mark_that_is_still_there_after_a_revert_is_an_error(
 def test_a_guest_that_takes_no_marks_is_told_at_the_end(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest = Guest(takes_marks=False).install(monkeypatch)
+    guest = StubGuest(takes_marks=False).install(monkeypatch)
     define_with_agent(host)
     suite.write(THREE_TESTS)
     result = suite.run()
@@ -490,7 +492,7 @@ def test_a_guest_that_takes_no_marks_is_told_at_the_end(
 def test_verify_state_asks_the_guest_for_nothing(
     suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest = Guest().install(monkeypatch)
+    guest = StubGuest().install(monkeypatch)
     define_with_agent(host)
     suite.write(THREE_TESTS)
     result = suite.run("--kvmsnap-verify=state")

@@ -12,6 +12,7 @@ import pytest
 from testdriver import disk, fail_when
 
 from pytest_kvmsnap.errors import ConnectionLostError
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import machine
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor
@@ -120,13 +121,14 @@ def test_machine_that_was_found_running_is_waited_for_again(
     before = host.look()
     is_first = first(1)
 
-    def dying(domain: Domain, *_: object) -> None:
+    def dying(guest: Guest) -> None:
+        raw = guest.domain.raw
         if is_first():
-            domain.raw.suspend() if left == "paused" else domain.raw.destroy()
+            raw.suspend() if left == "paused" else raw.destroy()
             raise lost()
-        assert domain.state() == "running"
+        assert guest.domain.state() == "running"
 
-    monkeypatch.setattr(machine, "wait_ready", dying)
+    monkeypatch.setattr(Guest, "wait_ready", dying)
     suite.write(TWO_TESTS)
     suite.run().assert_outcomes(passed=1, errors=1)
     assert host.look() == before
@@ -355,8 +357,8 @@ def marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Marks, "turns", [])
     monkeypatch.setattr(Marks, "log", [])
     monkeypatch.setattr(machine, "Canary", Marks)
-    monkeypatch.setattr(machine, "wait_ready", lambda *_: None)
-    monkeypatch.setattr(machine, "set_clock", lambda _: None)
+    monkeypatch.setattr(Guest, "wait_ready", lambda *_: None)
+    monkeypatch.setattr(Guest, "set_clock", lambda _: None)
     monkeypatch.setattr("pytest_kvmsnap.lab.restore._tidy_guest", lambda *_: None)
 
 

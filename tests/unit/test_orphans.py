@@ -13,12 +13,14 @@ from qemuimg import fake_qemu_img
 from testdriver import Host, disk, fail_when
 
 from pytest_kvmsnap.errors import SnapshotError
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab import foreign, restore
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease
 from pytest_kvmsnap.machine import images, orphans
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
+from pytest_kvmsnap.settings import Settings
 
 OURS = ["kvmsnap-found-dead", "kvmsnap-base-dead", "kvmsnap-a_b-2-dead"]
 NOT_OURS = ["theirs", "kvmsnap-mine", "kvmsnap-base-0a1b2c3d", "kvmsnap-base-dead-1", "dead"]
@@ -76,7 +78,7 @@ class Box:
             self.domain.take_snapshot(name, self.journal.description())
 
     def put_back(self) -> None:
-        restore.as_found(self.domain, self.journal, ready="none", ready_timeout=1, revert_timeout=9)
+        restore.as_found(Guest(self.domain, Settings(ready="none")), self.journal, 9)
 
     def held(self, path: Path | None = None) -> list[str]:
         return list(images.info(path or self.image, "qcow2", in_use=False).snapshots)

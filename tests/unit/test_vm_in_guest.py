@@ -9,8 +9,10 @@ import pytest
 from pytest_kvmsnap import VM, AgentError
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK
+from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
+from pytest_kvmsnap.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +32,7 @@ def hypervisor(host: "Host") -> "Iterator[Hypervisor]":
 def vm(host: "Host", hypervisor: Hypervisor, local_guest: "LocalGuest") -> VM:
     domain = host.define(state="running")
     return VM(
-        Domain(hypervisor, domain.UUIDString(), "box"),
-        ready="agent",
-        ready_timeout=60,
+        Guest(Domain(hypervisor, domain.UUIDString(), "box"), Settings(ready="agent")),
         revert_timeout=60,
         description="of the unit tests",
     )
