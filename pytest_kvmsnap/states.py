@@ -30,6 +30,7 @@ from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
+    from pytest_kvmsnap.lab.machine import Machine
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
     from pytest_kvmsnap.pools import Pool
     from pytest_kvmsnap.usage import Definition
@@ -68,6 +69,15 @@ def states_of(config: pytest.Config) -> "_States":
         config.stash[_STATES] = states = _States(config)
         config.pluginmanager.register(states, "kvmsnap-states")
     return config.stash[_STATES]
+
+
+def machines_after(item: pytest.Item, report: pytest.TestReport) -> "list[Machine]":
+    """Return the machines that a test, or what was set up for it, worked on; note its outcome."""
+    course = item.stash.get(_COURSE, None)
+    if course is None:
+        return []
+    course.has_failed = report.failed
+    return course.machines
 
 
 def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
@@ -114,12 +124,20 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts.
+    machines that `vm` gave, `entered` those that were brought to where the test starts, and
+    `machines` all that it works on, in whatever state they are. `has_failed` tells that its set-up
+    or call did.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
     entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
+    machines: "list[Machine]" = field(default_factory=list)
+    has_failed: bool = False
+
+    def works_on(self, machine: "Machine") -> None:
+        if machine not in self.machines:
+            self.machines.append(machine)
 
 
 class _States:
@@ -144,6 +162,7 @@ class _States:
             lab.replace_failed()
             self._unmake_what_does_not_fit(item)
             lab.prepare(self._by_machine(item, _scopes_of(item)), item.nodeid)
+            lab.begin()
         result = yield
         with run.told():
             self._enter(item)
@@ -263,19 +282,33 @@ class _States:
             if request in prepared:
                 raise too_late(definition.argname, request, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
-        savepoints.machine.used_by(item.nodeid)
+        course = self._work_on(item, savepoints)
         savepoints.start(state)
-        course = _course_of(item)
-        course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
+        vm = course.vms[request] = self._vm(savepoints)
         course.entered[request.machine] = savepoints
 
         def undo() -> None:
             del course.vms[request]
-            with run.told():
-                savepoints.undo(state)
-                self._refuse_what_came_late(item, request, state)
+            hook, failed = self._config.hook, course.has_failed
+            try:
+                hook.pytest_kvmsnap_before_revert(vm=vm, item=item, failed=failed)
+            finally:
+                with run.told():
+                    savepoints.undo(state)
+                    self._refuse_what_came_late(item, request, state)
 
         item.addfinalizer(undo)
+        self._config.hook.pytest_kvmsnap_vm_ready(vm=vm)
+
+    def _work_on(self, item: pytest.Item, savepoints: "Savepoints") -> "_Course":
+        course = _course_of(item)
+        course.works_on(savepoints.machine)
+        savepoints.machine.used_by(item.nodeid)
+        return course
+
+    @staticmethod
+    def _vm(savepoints: "Savepoints") -> "VM":
+        return savepoints.machine.vm(savepoints.machine.touched)
 
     def _refuse_what_came_late(self, item: pytest.Item, request: Request, state: "State") -> None:
         """Refuse a preparation that the test asked for while `vm` was in use.
@@ -289,9 +322,11 @@ class _States:
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
-        savepoints.machine.used_by(item.nodeid)
-        savepoints.go_on(state, scope)
-        _course_of(item).entered[request.machine] = savepoints
+        course = self._work_on(item, savepoints)
+        is_new = savepoints.go_on(state, scope)
+        course.entered[request.machine] = savepoints
+        if is_new:
+            self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(savepoints))
 
     def _by_machine(self, item: pytest.Item, scopes: Collection[str]) -> dict[Request, str]:
         return requests_of(item, scopes, run.settings_of(self._config))
@@ -371,9 +406,10 @@ class _States:
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
             for wanted, state in above.items():
-                machines[wanted].machine.used_by(item.nodeid)
+                course = self._work_on(item, machines[wanted])
                 machines[wanted].start(state)
-                _course_of(item).entered[wanted.machine] = machines[wanted]
+                course.entered[wanted.machine] = machines[wanted]
+                self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(machines[wanted]))
             definition.addfinalizer(partial(self._drop, definition))
         finalizers = len(definition._finalizers)
         self._being_made.append((definition.argname, set(machines.values())))
