@@ -81,5 +81,7 @@ def _keep(item: pytest.Item, machine: "Machine", report: pytest.TestReport) -> N
         told = f"the state of {machine.domain.name} could not be kept\n{error}"
     else:
         item.user_properties.append((KEPT, kept.snapshot))
-        told = "\n".join(kept.lines())
+        told = (
+            f"{machine.domain.name}: kept as the snapshot {kept.snapshot}; see the end of the run"
+        )
     report.sections.append((_SECTION, told))

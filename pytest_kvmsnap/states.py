@@ -281,8 +281,9 @@ class _States:
         for definition, prepared in self._not_yet_asked_for(item).items():
             if request in prepared:
                 raise too_late(definition.argname, request, "vm", item.nodeid)
-        savepoints, state = self._savepoints(request), self._state(item, request)
+        savepoints = self._savepoints(request)
         course = self._work_on(item, savepoints)
+        state = self._state(item, request)
         savepoints.start(state)
         vm = course.vms[request] = self._vm(savepoints)
         course.entered[request.machine] = savepoints
@@ -321,8 +322,9 @@ class _States:
                 raise too_late(definition.argname, request, "vm", item.nodeid)
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
-        savepoints, state = self._savepoints(request), self._state(item, request)
+        savepoints = self._savepoints(request)
         course = self._work_on(item, savepoints)
+        state = self._state(item, request)
         is_new = savepoints.go_on(state, scope)
         course.entered[request.machine] = savepoints
         if is_new:
@@ -403,10 +405,11 @@ class _States:
         with unset_on_error(definition, request):
             for wanted in self._prepared_by(item, definition, named[definition]):
                 self._refuse_in_use(item, wanted, definition)
+                self._work_on(item, self._savepoints(wanted))
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
+            course = _course_of(item)
             for wanted, state in above.items():
-                course = self._work_on(item, machines[wanted])
                 machines[wanted].start(state)
                 course.entered[wanted.machine] = machines[wanted]
                 self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(machines[wanted]))

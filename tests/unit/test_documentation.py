@@ -171,7 +171,7 @@ def test_hooks() -> None:
 
 
 def test_the_example_of_the_hook_returns_options() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", section("The hook"), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", section("Hooks"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)
     returned = names["pytest_kvmsnap_lab"](config=None)
