@@ -438,9 +438,7 @@ def _write_initramfs(unpacked: Path, release: str, initrd: Path) -> None:
     initrd.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=EPOCH))
 
 
-def _modules(
-    unpacked: Path, release: str, wanted: Sequence[str]
-) -> Iterator[tuple[str, bytes]]:
+def _modules(unpacked: Path, release: str, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Yield file name and code of kernel modules, each after those it depends on.
 
     What is built into this kernel is left out, and so is what the kernel package lacks.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         QuarantinedError,
         RevertError,
         SnapshotError,
+        SshError,
         UsageProblem,
     )
     from pytest_kvmsnap.machine.domainxml import Snapshot
@@ -35,6 +36,7 @@ __all__ = [
     "RevertError",
     "Snapshot",
     "SnapshotError",
+    "SshError",
     "UsageProblem",
 ]
 

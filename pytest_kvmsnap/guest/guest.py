@@ -1,8 +1,10 @@
 """The system in one machine: how to talk to it, and how to tell that it is ready."""
 
 from pytest_kvmsnap.guest import ready
+from pytest_kvmsnap.guest.address import Address
 from pytest_kvmsnap.guest.agent import Agent
-from pytest_kvmsnap.guest.clock import set_clock
+from pytest_kvmsnap.guest.clock import set_clock, set_clock_by_ssh
+from pytest_kvmsnap.guest.ssh import Ssh
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.settings import Settings
 
@@ -14,6 +16,9 @@ class Guest:
         self.domain = domain
         self.agent = Agent(domain)
         self.means = ready.means_of(domain, settings.ready)
+        self._address = Address(domain)
+        self.ssh = Ssh(domain, self._address, settings)
+        self._sign = ready.SshSign(domain, self.ssh) if self.means == "ssh" else None
         self._timeout = settings.ready_timeout
 
     @property
@@ -28,9 +33,20 @@ class Guest:
             NotReadyError: it is not; the message has the last lines of its console.
             AgentLostError: waiting is of no use, the machine must be started anew.
         """
-        ready.wait_ready(self.domain, self.means, self._timeout if timeout is None else timeout)
+        seconds = self._timeout if timeout is None else timeout
+        ready.wait_ready(self.domain, self.means, seconds, self._sign)
 
     def set_clock(self) -> None:
         """Set its clock to the host's, where it can be told to."""
         if self.has_agent:
             set_clock(self.domain)
+        elif self.means == "ssh":
+            set_clock_by_ssh(self.ssh)
+
+    def ip_address(self) -> str:
+        """Return the address under which others reach it.
+
+        Raises:
+            NoAddressError: nobody knows one.
+        """
+        return self._address.find()
