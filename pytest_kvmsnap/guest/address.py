@@ -10,7 +10,6 @@ from pytest_kvmsnap.errors import NoAddressError
 from pytest_kvmsnap.machine import domainxml
 from pytest_kvmsnap.machine.domain import Domain
 
-
 _ARP_TABLE = Path("/proc/net/arp")
 
 
