@@ -135,7 +135,7 @@ BESIDE_THE_AGENT = (
 def test_it(vm, time):
     vm.run("until [ -s /run/dropbear.pid ]; do usleep 10000; done", check=True)
     note(vm)
-    subprocess.run(["ip", "neighbour", "flush", "dev", TAP], check=True)
+    subprocess.run([*IP, "neighbour", "flush", "dev", TAP], check=True)  # leaves the agent
     assert vm.ip_address() == ADDRESS
     vm.ssh.run("! cat /root/dirt && echo dirt > /root/dirt", check=True)
     assert vm.read_text("/root/dirt") == "dirt\n"
@@ -161,8 +161,8 @@ def test_beside_the_agent_and_over_a_fast_revert(
 ) -> None:
     machine = make_machine(network=wire.network)
     address = wire.network.address.partition("/")[0]
-    facts = f"ADDRESS, TAP, KEY = {(address, wire.network.tap, str(wire.key))!r}\n"
-    suite.write(IMPORTS + facts + BESIDE_THE_AGENT)
+    facts = (address, wire.network.tap, str(wire.key), wire.ip)
+    suite.write(IMPORTS + f"ADDRESS, TAP, KEY, IP = {facts!r}\n" + BESIDE_THE_AGENT)
     options = [f"--kvmsnap-domain={machine.name}", f"--kvmsnap-ssh-key={wire.key}"]
     suite.run(*options, "--kvmsnap-revert=fast").assert_outcomes(passed=3)
     assert suite.calls(machine, "load") == ["load kvmsnap-base"] * 3
