@@ -119,6 +119,7 @@ class VM:
                 why="libvirt's QEMU driver refuses names with / or with a dot at the start",
             )
         domain = self._domain
+        self._guest.ssh.hang_up()
         self._on_snapshot(chosen)
         return domain.take_snapshot(chosen, self._description)
 

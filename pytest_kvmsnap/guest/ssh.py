@@ -324,7 +324,10 @@ class _Master:
 
 
 def _dies_with_us() -> list[str]:
-    """Return what has a command end when we are killed, where there is such a tool."""
+    """Return what has a command end when we are killed, where there is such a tool.
+
+    It ends with the thread that started it, too: whoever comes next opens another connection.
+    """
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 

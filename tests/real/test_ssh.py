@@ -55,6 +55,8 @@ def test_spoils(vm):
 
 def test_is_clean(vm):
     note(vm)
+    shells = vm.ssh.run("ps | grep -c '[d]ropbear -s'").stdout
+    assert shells == "2\n"  # the server, and our connection: none that was open before
     assert vm.ssh.run("cat /root/dirt").returncode == 1
     assert seconds_off(vm) < 1
     assert vm.ip_address() == ADDRESS
@@ -83,9 +85,8 @@ def test_runs_like_vm_run(vm):
     with pytest.raises(pytest_kvmsnap.SshError, match="the connection by ssh broke") as caught:
         vm.ssh.run("kill -9 $(pidof dropbear)")
     assert vm.name in str(caught.value)
-    with pytest.raises(pytest_kvmsnap.SshError, match="cannot log in by ssh as root@") as caught:
+    with pytest.raises(pytest_kvmsnap.SshError, match="cannot log in by ssh as root@"):
         vm.ssh.run("true")
-    assert "Connection refused" in str(caught.value)
 """
 )
 REBOOTS = """
@@ -134,9 +135,9 @@ BESIDE_THE_AGENT = (
 @pytest.mark.parametrize("time", [1, 2])
 def test_it(vm, time):
     vm.run("until [ -s /run/dropbear.pid ]; do usleep 10000; done", check=True)
-    note(vm)
     subprocess.run([*IP, "neighbour", "flush", "dev", TAP], check=True)  # leaves the agent
     assert vm.ip_address() == ADDRESS
+    note(vm)
     vm.ssh.run("! cat /root/dirt && echo dirt > /root/dirt", check=True)
     assert vm.read_text("/root/dirt") == "dirt\n"
 
