@@ -8,51 +8,19 @@ The machine's host keys are believed as they come, once for each connection: a t
 in time, may change them. They are kept beside the socket, never in the user's own known_hosts.
 """
 
-import contextlib
 import shlex
-import shutil
-import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from pytest_kvmsnap.errors import MachineError, NoAddressError, SshDeniedError, SshError
 from pytest_kvmsnap.guest.address import Address, Endpoint
+from pytest_kvmsnap.guest.ssh_process import CONNECT, SshProcess, greeting, last_words
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.settings import Settings
 
-# A socket's path has 107 bytes at most, and ssh makes it under a name that is 17 longer.
-_LONGEST_PLACE = 60
-_CONNECT = 10  # seconds to get through to the guest, and as many again to log in
-_ALIVE = 5  # seconds without a word after which the guest is asked for one; the third is the last
-_END = 2  # seconds for our own ssh process to end
-_BREAK = 0.3  # seconds for it to notice that the connection broke
-_LOOK = 0.005  # seconds between looks whether it is connected
 _LOST = 255  # the status of ssh itself
-
-# What people have in ~/.ssh/config for all hosts may stay, as a jump host and keys must, but for
-# what keeps a command from being run as it is. The command line comes first.
-_FIXED = {
-    "BatchMode": "yes",
-    "ConnectTimeout": f"{_CONNECT}",
-    "ServerAliveInterval": f"{_ALIVE}",
-    "ServerAliveCountMax": "3",
-    "LogLevel": "ERROR",
-    "StrictHostKeyChecking": "accept-new",
-    "GlobalKnownHostsFile": "none",
-    "CheckHostIP": "no",
-    "UpdateHostKeys": "no",
-    "RequestTTY": "no",
-    "RemoteCommand": "none",
-    "PermitLocalCommand": "no",
-    "ClearAllForwardings": "yes",
-    "ForwardAgent": "no",
-    "ForwardX11": "no",
-    "ControlMaster": "no",
-    "ControlPersist": "no",
-}
+_BREAK = 0.3  # seconds for it to notice that the connection broke
 
 
 class Ssh:
@@ -73,7 +41,7 @@ class Ssh:
         self._key = settings.ssh_key
         self._port = settings.ssh_port
         self._is_direct: bool | None = None
-        self._master: _Master | None = None
+        self._master: SshProcess | None = None
         domain.clients.append(self)
 
     def __repr__(self) -> str:
@@ -122,7 +90,7 @@ class Ssh:
             self.hang_up()
             raise subprocess.TimeoutExpired(shown, timeout, late.output, late.stderr) from None
         if done.returncode == _LOST and master.breaks_within(_BREAK):
-            said = _last_words(done.stderr.decode(errors="replace"))
+            said = last_words(done.stderr.decode(errors="replace"))
             self.hang_up()
             raise self._error("the connection by ssh broke", said)
         out, err = (
@@ -141,7 +109,7 @@ class Ssh:
         Raises:
             SshError: there is no connection.
         """
-        return list(self._connected(_CONNECT * 2).command)
+        return list(self._connected(CONNECT * 2).command)
 
     @property
     def options(self) -> list[str]:
@@ -150,7 +118,7 @@ class Ssh:
         Raises:
             SshError: there is no connection.
         """
-        return list(self._connected(_CONNECT * 2).options)
+        return list(self._connected(CONNECT * 2).options)
 
     @property
     def destination(self) -> str:
@@ -159,7 +127,7 @@ class Ssh:
         Raises:
             SshError: there is no connection.
         """
-        return self._connected(_CONNECT * 2).command[-1]
+        return self._connected(CONNECT * 2).command[-1]
 
     # for the plugin
 
@@ -169,21 +137,21 @@ class Ssh:
         Raises:
             SshError: that failed.
         """
-        self._connected(_CONNECT * 2)
+        self._connected(CONNECT * 2)
 
     def silence(self) -> MachineError | None:
         """Return why nobody can log in right now, None when somebody can."""
         try:
             if self._master is None:
                 endpoint = self._address.endpoint(self._port)
-                said = _greeting(endpoint) if self._reaches_directly(endpoint) else ""
+                said = greeting(endpoint) if self._reaches_directly(endpoint) else ""
                 if said:
                     return SshError("ssh", why=said)
-            done = self.run("true", timeout=_CONNECT)
+            done = self.run("true", timeout=CONNECT)
         except (SshError, NoAddressError) as error:
             return error
         except subprocess.TimeoutExpired:  # the machine was started anew, or is busy
-            return SshError("ssh", why=f"it ran nothing within {_CONNECT} s")
+            return SshError("ssh", why=f"it ran nothing within {CONNECT} s")
         if done.returncode:
             why = done.stderr.strip() or f"`true` ended with the status {done.returncode}"
             return SshError("ssh", why=why)
@@ -207,7 +175,7 @@ class Ssh:
             self._is_direct = all(line.endswith((" none", " no")) for line in proxies)
         return self._is_direct
 
-    def _connected(self, timeout: float) -> "_Master":
+    def _connected(self, timeout: float) -> SshProcess:
         """Return the connection, opened if there is none.
 
         Raises:
@@ -218,14 +186,14 @@ class Ssh:
         if self._master is None:
             endpoint = self._address.endpoint(self._port)
             try:
-                master = _Master(self._domain.uuid, self.user, endpoint, self._key)
+                master = SshProcess(self._domain.uuid, self.user, endpoint, self._key)
             except FileNotFoundError:
                 raise self._error(
                     "there is no ssh on this computer", "", "install the package openssh-client"
                 ) from None
             said: str | None = None
             try:
-                said = master.failure(min(timeout, _CONNECT * 2))
+                said = master.failure(min(timeout, CONNECT * 2))
             finally:  # a Ctrl-C too
                 if said != "":
                     master.close()
@@ -249,112 +217,3 @@ _CURE = (
     "does sshd run in the guest, at --kvmsnap-ssh-port, and is the address reachable from here? On"
     " another host it may not be; a ProxyJump in ~/.ssh/config is used"
 )
-
-
-class _Master:
-    """The process that holds the connection, and a private folder for its socket and host keys."""
-
-    def __init__(self, uuid: str, user: str, endpoint: Endpoint, key: Path | None) -> None:
-        self._folder = _private_folder()
-        self._socket = self._folder / "s"
-        self._log = self._folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-        options = _FIXED | {
-            "User": user,
-            "Port": f"{endpoint.port}",
-            "HostKeyAlias": uuid,
-            "UserKnownHostsFile": f'"{self._folder / "hosts"}"',
-            "ControlPath": f'"{_escaped(self._socket)}"',
-        }
-        if key is not None:
-            options |= {"IdentityFile": f'"{_escaped(key)}"', "IdentitiesOnly": "yes"}
-        self.options = [
-            word for name, value in options.items() for word in ("-o", f"{name}={value}")
-        ]
-        destination = f"{user}@{endpoint.address}"
-        self.command = ["ssh", *self.options, destination]
-        try:
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    [*_dies_with_us(), "ssh", "-MNT", *self.options, destination],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # a Ctrl-C is not for it
-                )
-        except BaseException:
-            self.close()
-            raise
-
-    def failure(self, timeout: float) -> str:
-        """Wait until it is connected; return what it says otherwise, or nothing ("")."""
-        end = time.monotonic() + timeout
-        # the socket is there once it has logged in
-        while not self._socket.exists():
-            if not self._lives():
-                said = self._log.read_text(encoding="utf-8", errors="replace")
-                return _last_words(said) or "ssh ended without a word"
-            if time.monotonic() > end:
-                return f"it took more than {timeout:g} s"
-            time.sleep(_LOOK)
-        return ""
-
-    def is_connected(self) -> bool:
-        """Tell whether it still is, as far as it knows itself."""
-        return self._lives() and self._socket.exists()
-
-    def breaks_within(self, seconds: float) -> bool:
-        """Wait whether it ends."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if self._process is not None:
-                self._process.wait(seconds)
-        return not self._lives()
-
-    def _lives(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def close(self) -> None:
-        """End it, and remove what it left. Never fails, and never waits for the guest."""
-        if self._process is not None:
-            self._process.terminate()
-            if not self.breaks_within(_END):
-                self._process.kill()
-                self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _dies_with_us() -> list[str]:
-    """Return what has a command end when we are killed, where there is such a tool.
-
-    It ends with the thread that started it, too: whoever comes next opens another connection.
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
-
-
-def _private_folder() -> Path:
-    place = tempfile.gettempdir()
-    if len(place) > _LONGEST_PLACE:
-        place = "/tmp"  # noqa: S108 - only its length matters: mkdtemp makes it private
-    return Path(tempfile.mkdtemp(prefix="kvmsnap-ssh-", dir=place))
-
-
-def _escaped(path: Path) -> str:
-    return f"{path}".replace("%", "%%")
-
-
-def _greeting(endpoint: Endpoint) -> str:
-    """Look whether an SSH server is there, as cheaply as can be; return what else it is, or ""."""
-    place = f"{endpoint.address} port {endpoint.port}"
-    try:
-        with socket.create_connection(endpoint, timeout=1) as connection:
-            said = connection.recv(4)
-    except TimeoutError:
-        return f"{place} did not answer within 1 s"
-    except OSError as error:
-        return f"{place}: {error.strerror}"
-    return "" if said == b"SSH-" else f"{place} answers, but not as an SSH server"
-
-
-def _last_words(said: str) -> str:
-    return "\n".join([line.strip() for line in said.splitlines() if line.strip()][-3:])

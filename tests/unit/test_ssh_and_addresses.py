@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_kvmsnap.errors import NoAddressError, NotReadyError, SshDeniedError, SshError
-from pytest_kvmsnap.guest import ready, ssh
+from pytest_kvmsnap.guest import ready, ssh_process
 from pytest_kvmsnap.guest.address import Address, Endpoint, best, in_arp_table
 from pytest_kvmsnap.guest.ssh import Ssh
 from pytest_kvmsnap.machine import domainxml
@@ -187,7 +187,7 @@ class Computer:
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("STAND_IN_LOG", str(self._log))
-        monkeypatch.setattr(ssh, "_LONGEST_PLACE", 1000)
+        monkeypatch.setattr(ssh_process, "_LONGEST_PLACE", 1000)
         monkeypatch.setattr("tempfile.tempdir", str(folder))
         self.folder = folder
         self.guest: Any = Guest(["10.0.0.2"])
@@ -262,7 +262,7 @@ def test_ctrl_c_while_it_connects_leaves_nothing(
         raise KeyboardInterrupt
 
     client = computer.client()
-    monkeypatch.setattr(ssh._Master, "failure", interrupted)
+    monkeypatch.setattr(ssh_process.SshProcess, "failure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         client.connect()
     assert computer.left() == []
@@ -272,7 +272,7 @@ def test_connection_that_ignores_us_is_killed(
     computer: Computer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN_IS_STUCK", "1")
-    monkeypatch.setattr(ssh, "_END", 0.05)
+    monkeypatch.setattr(ssh_process, "_END", 0.05)
     client = computer.client()
     client.connect()
     client.hang_up()
@@ -306,7 +306,7 @@ def test_folder_for_sockets_is_short_enough(
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    folder = ssh._private_folder()
+    folder = ssh_process.private_folder()
     folder.rmdir()
     assert len(str(folder / "s")) + 17 < 104
 
@@ -356,11 +356,11 @@ def test_greeting(greeting: bytes | None, said: str) -> None:
     server = Server(greeting)
     try:
         place = f"127.0.0.1 port {server.endpoint.port}"
-        assert ssh._greeting(server.endpoint) in ("", f"{place} {said}")
-        assert bool(ssh._greeting(server.endpoint)) == bool(said)
+        assert ssh_process.greeting(server.endpoint) in ("", f"{place} {said}")
+        assert bool(ssh_process.greeting(server.endpoint)) == bool(said)
     finally:
         server.close()
-    assert ssh._greeting(server.endpoint) == f"{place}: Connection refused"
+    assert ssh_process.greeting(server.endpoint) == f"{place}: Connection refused"
 
 
 class Clock:
