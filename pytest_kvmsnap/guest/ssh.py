@@ -21,6 +21,7 @@ from pytest_kvmsnap.settings import Settings
 
 _LOST = 255  # the status of ssh itself
 _BREAK = 0.3  # seconds for it to notice that the connection broke
+_PULSE = 3  # seconds for a guest to run `true` by a connection that is open
 
 
 class Ssh:
@@ -147,11 +148,11 @@ class Ssh:
                 said = greeting(endpoint) if self._reaches_directly(endpoint) else ""
                 if said:
                     return SshError("ssh", why=said)
-            done = self.run("true", timeout=CONNECT)
+            done = self.run("true", timeout=CONNECT if self._master is None else _PULSE)
         except (SshError, NoAddressError) as error:
             return error
         except subprocess.TimeoutExpired:  # the machine was started anew, or is busy
-            return SshError("ssh", why=f"it ran nothing within {CONNECT} s")
+            return SshError("ssh", why="the guest lets us in, but runs nothing in time")
         if done.returncode:
             why = done.stderr.strip() or f"`true` ended with the status {done.returncode}"
             return SshError("ssh", why=why)
