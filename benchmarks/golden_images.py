@@ -52,14 +52,14 @@ class Machines:
         self.removing: list[float] = []
 
     def make_and_remove(self, *, boot: bool) -> None:
-        from pytest_kvmsnap.guest.ready import wait_ready
+        from pytest_kvmsnap.guest.ready import AgentSign, wait_ready
 
         start = time.perf_counter()
         machine, lease = self._clones.make(self._golden)
         self.making.append(time.perf_counter() - start)
         if boot:
             machine.domain.start()
-            wait_ready(machine.domain, "agent", 60)
+            wait_ready(machine.domain, AgentSign(machine.domain), 60)
         start = time.perf_counter()
         machine.close()
         lease.release()

@@ -32,7 +32,7 @@ from filelock import FileLock
 from guest_images import EPOCH, copy_sparse, write_boot_disk, write_file_system
 from guest_packages import GuestError, libraries, lists_stamp, run, unpack, versions
 
-__all__ = ["Guest", "GuestError", "build", "copy_root", "domain_xml", "kvm_works"]
+__all__ = ["Guest", "GuestError", "Network", "build", "copy_root", "domain_xml", "kvm_works"]
 
 KERNEL_MODULES = (
     "virtio_pci",
@@ -43,6 +43,8 @@ KERNEL_MODULES = (
     "button",
     "evdev",
 )
+NETWORK_MODULES = ("virtio_net",)
+"""Loaded from the root file system, and only by machines that have a `Network`."""
 # The last two, no random addresses and no self-tests of the cryptography, save a fifth of the boot.
 KERNEL_OPTIONS = "no_timer_check tsc=reliable mitigations=off nokaslr cryptomgr.notests"
 INITRAMFS_INIT = """\
@@ -100,6 +102,27 @@ chmod 1777 /tmp /dev/shm
 mount -o remount,rw /
 hostname example
 ip link set lo up
+read -r line < /proc/cmdline
+case $line in *kvmsnap.ip=*) start-network "$line" & ;; esac
+""",
+    # The ping has the host learn our address, as it does where somebody asks for one by DHCP.
+    "usr/sbin/start-network": """\
+#!/bin/sh
+for word in $1; do
+    case $word in
+        kvmsnap.ip=*) address=${word#*=} ;;
+        kvmsnap.key=*) key=${word#*=} ;;
+    esac
+done
+for module in $(cat /usr/lib/network/order); do insmod "/usr/lib/network/$module"; done
+ip address add "$address" dev eth0
+ip link set eth0 up
+mkdir -p -m 700 /root/.ssh /etc/dropbear
+echo "ssh-ed25519 $key" > /root/.ssh/authorized_keys
+ping -c 1 "${address%.*}.1" >/dev/null 2>&1 &
+host_key=/etc/dropbear/host_key
+[ -e "$host_key" ] || dropbearkey -t ed25519 -f "$host_key" >/dev/null 2>&1
+exec dropbear -s -r "$host_key" -P /run/dropbear.pid
 """,
     "usr/bin/heartbeat": """\
 #!/bin/sh
@@ -164,6 +187,17 @@ class Guest:
     """A pristine raw disk that boots by itself, by BIOS, and has the same in its one partition."""
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network card on a tap device of the host, and whom the guest lets in by ssh, as root."""
+
+    tap: str
+    address: str
+    """Such as 10.9.8.2/24; the host has the one that ends in 1."""
+    key: str
+    """The long part of a public key of the kind ssh-ed25519."""
+
+
 def build(say: Callable[[str], None] = lambda text: None) -> Guest:
     """Return the guest, building it first if the cache has none for these packages.
 
@@ -216,6 +250,7 @@ def domain_xml(
     memory_mib: int = 128,
     console_log: Path | None = None,
     agent: bool = True,
+    network: Network | None = None,
     kind: str | None = None,
     uuid: str | None = None,
 ) -> str:
@@ -223,7 +258,7 @@ def domain_xml(
 
     `kind` is libvirt's domain type, by default `kvm` where that works and else `qemu`. With
     `console_log`, all that the serial console prints is appended there. For a quick boot there is
-    no network and no USB.
+    no network unless one is given, and no USB.
     """
     domain = ET.Element("domain", type=kind or ("kvm" if kvm_works() else "qemu"))
     _add(domain, "name", name)
@@ -234,12 +269,20 @@ def domain_xml(
     _add(system, "type", "hvm", arch="x86_64", machine="pc")
     _add(system, "kernel", str(guest.kernel))
     _add(system, "initrd", str(guest.initrd))
-    _add(system, "cmdline", f"console=ttyS0 root=/dev/vda {KERNEL_OPTIONS}")
+    words = f"console=ttyS0 root=/dev/vda {KERNEL_OPTIONS}"
+    if network is not None:
+        words += f" kvmsnap.ip={network.address} kvmsnap.key={network.key}"
+    _add(system, "cmdline", words)
     _add(_add(domain, "features"), "acpi")
     _add(domain, "clock", offset="utc")
     for event, action in (("poweroff", "destroy"), ("reboot", "restart"), ("crash", "destroy")):
         _add(domain, f"on_{event}", action)
-    _add_devices(_add(domain, "devices"), disk, disk_format, console_log, agent)
+    devices = _add(domain, "devices")
+    _add_devices(devices, disk, disk_format, console_log, agent)
+    if network is not None:
+        card = _add(devices, "interface", type="ethernet")
+        _add(card, "target", dev=network.tap, managed="no")
+        _add(card, "model", type="virtio")
     ET.indent(domain)
     return ET.tostring(domain, encoding="unicode") + "\n"
 
@@ -363,7 +406,7 @@ def _build_into(folder: Path, packages: Sequence[str], say: Callable[[str], None
         guest = _guest(result)
         release = _take_kernel(unpacked, guest.kernel)
         _write_initramfs(unpacked, release, guest.initrd)
-        _write_images(unpacked, Path(work), guest)
+        _write_images(unpacked, release, Path(work), guest)
         result.rename(folder)
     say(f"the example guest is in {folder}")
 
@@ -379,7 +422,7 @@ def _take_kernel(unpacked: Path, kernel: Path) -> str:
 
 
 def _write_initramfs(unpacked: Path, release: str, initrd: Path) -> None:
-    modules = list(_modules(unpacked, release))
+    modules = list(_modules(unpacked, release, KERNEL_MODULES))
     archive = _Cpio()
     for folder in ("bin", "dev", "modules", "root"):
         archive.add(folder, stat.S_IFDIR | 0o755)
@@ -395,8 +438,8 @@ def _write_initramfs(unpacked: Path, release: str, initrd: Path) -> None:
     initrd.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=EPOCH))
 
 
-def _modules(unpacked: Path, release: str) -> Iterator[tuple[str, bytes]]:
-    """Yield file name and code of the kernel modules, each after those it depends on.
+def _modules(unpacked: Path, release: str, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield file name and code of kernel modules, each after those it depends on.
 
     What is built into this kernel is left out, and so is what the kernel package lacks.
     """
@@ -417,7 +460,7 @@ def _modules(unpacked: Path, release: str) -> Iterator[tuple[str, bytes]]:
             yield from load(_module_name(n) for n in needs[1].decode().split(",")) if needs else ()
             yield f"{name}.ko", code
 
-    yield from load(KERNEL_MODULES)
+    yield from load(wanted)
 
 
 def _module_name(file_name: str) -> str:
@@ -467,11 +510,12 @@ def _padded(data: bytes) -> bytes:
 # --- the root file system -------------------------------------------------------------------------
 
 
-def _write_images(unpacked: Path, work: Path, guest: Guest) -> None:
+def _write_images(unpacked: Path, release: str, work: Path, guest: Guest) -> None:
     tree = work / "root"
     _lay_out(tree)
     _add_busybox(unpacked, tree)
-    _add_agent(unpacked, tree)
+    _add_program(unpacked, tree, next(unpacked.glob("usr/*bin/qemu-ga")))
+    _add_network(unpacked, release, tree)
     write_file_system(tree, work, guest.root)
     (tree / "boot").mkdir()
     shutil.copyfile(guest.kernel, tree / "boot/vmlinuz")
@@ -511,11 +555,24 @@ def _add_busybox(unpacked: Path, tree: Path) -> None:
         (tree / "usr/sbin/init").symlink_to("/usr/bin/busybox")
 
 
-def _add_agent(unpacked: Path, tree: Path) -> None:
-    """Copy the agent and the shared libraries that it needs, nothing else of their packages."""
-    agent = next(path for path in unpacked.glob("usr/*bin/qemu-ga"))
-    shutil.copy(agent, tree / "usr/sbin/qemu-ga")
-    for library in libraries(unpacked, agent):
+def _add_network(unpacked: Path, release: str, tree: Path) -> None:
+    """Add what `start-network` needs: the modules that are not loaded yet, and dropbear."""
+    folder = tree / "usr/lib/network"
+    folder.mkdir()
+    loaded = {name for name, _ in _modules(unpacked, release, KERNEL_MODULES)}
+    modules = dict(_modules(unpacked, release, NETWORK_MODULES))
+    missing = [name for name in modules if name not in loaded]
+    for name in missing:
+        (folder / name).write_bytes(modules[name])
+    (folder / "order").write_text("".join(f"{name}\n" for name in missing), encoding="utf-8")
+    for program in ("usr/sbin/dropbear", "usr/bin/dropbearkey"):
+        _add_program(unpacked, tree, unpacked / program)
+
+
+def _add_program(unpacked: Path, tree: Path, program: Path) -> None:
+    """Copy a program and the shared libraries that it needs, nothing else of their packages."""
+    shutil.copy(program, tree / "usr/sbin" / program.name)
+    for library in libraries(unpacked, program):
         path = tree / _merged(library.relative_to(unpacked))
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 # Both distributions' names for "the newest kernel for virtual machines".
 KERNEL_PACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 # Programs that are taken with the shared libraries that they need.
-PROGRAM_PACKAGES = ("qemu-guest-agent", "grub-common")
+PROGRAM_PACKAGES = ("qemu-guest-agent", "grub-common", "dropbear-bin")
 APT_LISTS = Path("/var/lib/apt/lists")
 # The root account of APT would otherwise complain that it cannot enter our private folder.
 APT = ("-q", "-o", "APT::Sandbox::User=root")

@@ -86,6 +86,7 @@ class Lab:
         memory_mib: int = 128,
         console_log: Path | None = None,
         agent: bool = True,
+        network: guests.Network | None = None,
         kind: str | None = None,
     ) -> Path:
         """Define the example's guest as machine `name` on a new disk; return the disk's path.
@@ -105,6 +106,7 @@ class Lab:
             memory_mib=memory_mib,
             console_log=console_log,
             agent=agent,
+            network=network,
             kind=kind,
         )
         # A file, since a connection would hold this root until the end of the process, and needs

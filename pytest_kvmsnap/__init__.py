@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         QuarantinedError,
         RevertError,
         SnapshotError,
+        SshError,
         UsageProblem,
     )
     from pytest_kvmsnap.machine.domainxml import Snapshot
@@ -37,6 +38,7 @@ __all__ = [
     "RevertError",
     "Snapshot",
     "SnapshotError",
+    "SshError",
     "UsageProblem",
 ]
 

@@ -19,11 +19,14 @@ __all__ = [
     "KvmsnapError",
     "LeaseError",
     "MachineError",
+    "NoAddressError",
     "NotReadyError",
     "QuarantinedError",
     "RevertError",
     "SnapshotError",
     "SnapshotNotFoundError",
+    "SshDeniedError",
+    "SshError",
     "UsageProblem",
 ]
 
@@ -121,6 +124,18 @@ class ConsoleError(MachineError):
 
 class AgentError(MachineError):
     """The guest agent refused a command, or did not answer."""
+
+
+class SshError(MachineError):
+    """There is no connection to the guest by SSH, or it broke."""
+
+
+class SshDeniedError(SshError):
+    """The guest's SSH server answers, and does not let us in."""
+
+
+class NoAddressError(MachineError):
+    """Nobody knows under which network address the guest is reached."""
 
 
 def merged(problems: Sequence[UsageProblem]) -> UsageProblem:

@@ -12,6 +12,7 @@ from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
 from pytest_kvmsnap.guest.console import Console
 from pytest_kvmsnap.guest.guest import Guest
+from pytest_kvmsnap.guest.ssh import Ssh
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot
@@ -80,6 +81,7 @@ class VM:
 
     def start(self) -> None:
         """Start the machine; `wait_ready` waits until it can be used."""
+        self._guest.ssh.hang_up()
         self._domain.start()
 
     def shutdown(self, timeout: float = 60) -> None:
@@ -96,6 +98,7 @@ class VM:
         `wait_ready` waits until it is up again.
         """
         self._domain.reboot(timeout, by_agent=self._guest.has_agent)
+        self._guest.ssh.hang_up()  # it would notice only in a while
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the machine is ready, `--kvmsnap-ready-timeout` seconds unless told otherwise.
@@ -153,6 +156,7 @@ class VM:
                 why="libvirt's QEMU driver refuses names with / or with a dot at the start",
             )
         domain = self._domain
+        self._guest.ssh.hang_up()
         self._on_snapshot(chosen)
         return domain.take_snapshot(chosen, self._description)
 
@@ -247,6 +251,19 @@ class VM:
         if check and done.status:
             raise subprocess.CalledProcessError(done.status, shown, out, err)
         return subprocess.CompletedProcess(shown, done.status, out, err)  # type: ignore[arg-type]
+
+    @property
+    def ssh(self) -> Ssh:
+        """SSH into the guest: commands, and options for scp and the like."""
+        return self._guest.ssh
+
+    def ip_address(self) -> str:
+        """Return the guest's network address, as the agent, DHCP or ARP know it.
+
+        Raises:
+            MachineError: nobody knows one.
+        """
+        return self._guest.ip_address()
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of a file in the guest."""

@@ -1,20 +1,35 @@
 """The system in one machine: how to talk to it, and how to tell that it is ready."""
 
+from functools import cached_property
+
 from pytest_kvmsnap.guest import ready
+from pytest_kvmsnap.guest.address import Address
 from pytest_kvmsnap.guest.agent import Agent
-from pytest_kvmsnap.guest.clock import set_clock
+from pytest_kvmsnap.guest.clock import set_clock, set_clock_by_ssh
+from pytest_kvmsnap.guest.ssh import Ssh
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.settings import Settings
 
 
 class Guest:
-    """The guest of one machine. `means` is what tells that it is ready (see `ready.means_of`)."""
+    """The guest of one machine."""
 
     def __init__(self, domain: Domain, settings: Settings) -> None:
         self.domain = domain
         self.agent = Agent(domain)
-        self.means = ready.means_of(domain, settings.ready)
+        self._address = Address(domain)
+        self.ssh = Ssh(domain, self._address, settings)
+        self._wanted = settings.ready
         self._timeout = settings.ready_timeout
+
+    @cached_property
+    def means(self) -> str:
+        """What tells that it is ready (see `ready.means_of`)."""
+        return ready.means_of(self.domain, self._wanted)
+
+    @cached_property
+    def _sign(self) -> ready.Sign | None:
+        return ready.sign_of(self.domain, self.means, self.ssh)
 
     @property
     def has_agent(self) -> bool:
@@ -28,7 +43,7 @@ class Guest:
             NotReadyError: it is not; the message has the last lines of its console.
             AgentLostError: waiting is of no use, the machine must be started anew.
         """
-        ready.wait_ready(self.domain, self.means, self._timeout if timeout is None else timeout)
+        ready.wait_ready(self.domain, self._sign, self._timeout if timeout is None else timeout)
         self.domain.console.arrived()
 
     def shell(self, script: str, *arguments: str, timeout: int) -> bytes:
@@ -38,11 +53,24 @@ class Guest:
             MachineError: there is no answer within about `timeout` seconds.
             subprocess.TimeoutExpired: the script took longer.
         """
-        self.agent.command("guest-ping", timeout=timeout)
         argv = ["/bin/sh", "-c", script, "sh", *arguments]
+        if self.means == "ssh":
+            done = self.ssh.run(argv, text=False, timeout=timeout)
+            return done.stdout  # type: ignore[return-value] # bytes, by text=False
+        self.agent.command("guest-ping", timeout=timeout)
         return self.agent.run(argv, timeout=timeout).stdout
 
     def set_clock(self) -> None:
         """Set its clock to the host's, where it can be told to."""
         if self.has_agent:
             set_clock(self.domain)
+        elif self.means == "ssh":
+            set_clock_by_ssh(self.ssh)
+
+    def ip_address(self) -> str:
+        """Return the address under which others reach it.
+
+        Raises:
+            NoAddressError: nobody knows one.
+        """
+        return self._address.find()

@@ -408,6 +408,7 @@ class Machine:
     def _take(self, name: str) -> None:
         """Take a snapshot of ours, announced in the journal first."""
         space.check_space(self.domain)
+        self.guest.ssh.hang_up()  # or the guest would have it open, and nobody here, for ever
         self._journal.taken.setdefault(name, "")
         self._journal.save()
         is_running = self.domain.state() == "running"

@@ -136,8 +136,11 @@ def _tidy_guest(guest: Guest, journal: Journal) -> None:
     """Remove the canary's block from a machine that was found running, and set its clock."""
     if guest.domain.state() != "running":
         return
-    guest.wait_ready()
-    guest.set_clock()
+    try:
+        guest.wait_ready()
+        guest.set_clock()
+    finally:
+        guest.ssh.hang_up()
     if journal.planted:
         Canary(guest.agent, journal.run).remove()
 

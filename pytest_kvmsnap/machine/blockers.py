@@ -77,6 +77,13 @@ def definition_blockers(
                 " --kvmsnap-ready=none",
             )
         )
+    if ready == "ssh" and not domainxml.has_network(root):
+        found.append(
+            Blocker(
+                "it has no network card, and ready=ssh waits for ssh",
+                f"add an <interface>: {edit}; or give --kvmsnap-ready=none",
+            )
+        )
     return found
 
 

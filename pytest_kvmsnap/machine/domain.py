@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
@@ -476,6 +476,10 @@ class Domain:
 
     def addresses(self) -> list[str]:
         """Return the network addresses of a running guest, as far as anybody knows them."""
+        return next((found for found in self.addresses_by_source() if found), [])
+
+    def addresses_by_source(self) -> Iterator[list[str]]:
+        """Yield the addresses that the agent, libvirt's leases and the host's ARP table know."""
         self.await_agent()
         for source in (
             libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT,
@@ -485,10 +489,7 @@ class Domain:
             with self._tolerating("cannot ask for the addresses"):
                 interfaces: dict[str, Any] = self.raw.interfaceAddresses(source)  # type: ignore[assignment]
                 told = [each["addrs"] or () for each in interfaces.values()]
-                found = [address["addr"] for addresses in told for address in addresses]
-                if found:
-                    return found
-        return []
+                yield [address["addr"] for addresses in told for address in addresses]
 
     def screenshot(self) -> tuple[bytes, str]:
         """Return a picture of the first screen, and its kind: `png`, with QEMU before 7.1 `ppm`.

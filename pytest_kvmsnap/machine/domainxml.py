@@ -159,6 +159,37 @@ def has_9p(domain_xml: str | ET.Element) -> bool:
     return any(each.find("./driver[@type='virtiofs']") is None for each in shared)
 
 
+def has_network(domain_xml: str | ET.Element) -> bool:
+    """Tell whether the machine has a network card, perhaps one of the host's."""
+    devices = parsed(domain_xml).find("./devices")
+    return devices is not None and any(
+        devices.find(path) is not None for path in ("interface", "hostdev[@type='pci']")
+    )
+
+
+def macs(domain_xml: str) -> set[str]:
+    """Return the hardware addresses of the network cards, in small letters."""
+    cards = parsed(domain_xml).iterfind("./devices/interface/mac")
+    return {card.get("address", "").lower() for card in cards}
+
+
+def forwarded_port(domain_xml: str, port: int) -> tuple[str, int] | None:
+    """Return address and port of the host that lead to a TCP port of the guest, if any do."""
+    path = "./devices/interface[@type='user']/portForward[@proto='tcp']"
+    for forward in parsed(domain_xml).iterfind(path):
+        address = forward.get("address") or "127.0.0.1"
+        ranges = [each for each in forward.iterfind("range") if each.get("exclude") != "yes"]
+        if forward.find("range") is None:
+            return address, port  # all are
+        for each in ranges:
+            start = int(each.get("start", "0"))
+            length = int(each.get("end", start)) - start
+            offset = port - int(each.get("to", start))
+            if 0 <= offset <= length:
+                return address, start + offset
+    return None
+
+
 def memory_bytes(domain_xml: str | ET.Element) -> int:
     """Return the memory that the machine has at most."""
     element = parsed(domain_xml).find("./memory")

@@ -11,7 +11,7 @@ from pytest_kvmsnap.machine.accelerator import domain_type
 from pytest_kvmsnap.machine.blockers import Blocker, definition_blockers
 from pytest_kvmsnap.machine.clonexml import Parts
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor
-from pytest_kvmsnap.machine.preflight import libvirt_blockers
+from pytest_kvmsnap.machine.preflight import libvirt_blockers, ssh_blockers
 from pytest_kvmsnap.sizes import mib
 
 _NOBODY = "00000000-0000-4000-8000-000000000000"
@@ -116,12 +116,14 @@ def _machine_blockers(
     root = domainxml.parsed(_definition(golden, domain_type(hypervisor)))
     found = definition_blockers(
         root,
-        edit=f"edit {golden.template}",
+        edit=f"edit {golden.template}" if golden.template else "give a template that has it",
         libvirt_version=hypervisor.version,
         ready=ready,
         live=live,
         off=True,
     )
+    if ready == "ssh":
+        found += ssh_blockers()
     if live:
         found += space.room_blockers(store.base(), space.least_memory(domainxml.memory_bytes(root)))
         found += libvirt_blockers(hypervisor, root) if may_try else []

@@ -1,6 +1,7 @@
 """What stands in the way of internal snapshots, told before the first test. Changes nothing."""
 
 import os
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
@@ -55,6 +56,8 @@ def problems(
         *_kept_blockers(domain, snapshots, virsh),
         *image_blockers(domain, disks, {s.name for s in snapshots}, active=active, edit=edit),
     ]
+    if ready == "ssh":
+        found += ssh_blockers()
     if active and domain.has_job():  # most calls would wait for it
         found.append(_busy(domain, virsh))
     elif active:
@@ -140,6 +143,19 @@ def _running_blockers(
             for reason in domain.migration_blockers()
         ]
     return found
+
+
+def ssh_blockers() -> list[Blocker]:
+    """Return a blocker when there is no SSH client, and it is to tell that machines are ready."""
+    if shutil.which("ssh") is not None:
+        return []
+    return [
+        Blocker(
+            "ready=ssh needs the program ssh, and it is not there",
+            "install openssh-client (Debian, Ubuntu) or openssh-clients (Fedora); or give"
+            " --kvmsnap-ready=none",
+        )
+    ]
 
 
 def libvirt_blockers(hypervisor: Hypervisor, root: ET.Element) -> list[Blocker]:

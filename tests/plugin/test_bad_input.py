@@ -220,7 +220,7 @@ BAD_VALUES = [
     ("live", "maybe", "must be yes or no"),
     ("verify", "", "must be one of: canary, state"),
     ("revert", "slow", "must be one of: force, fast"),
-    ("ready", "telepathy", "must be one of: agent, none"),
+    ("ready", "telepathy", "must be agent, ssh, none, or console: and a regular expression"),
     ("ready-timeout", "0", "must be a number of seconds above 0"),
     ("revert-timeout", "soon", "must be a number of seconds"),
     ("lock-timeout", "-1", "must be a number of seconds above 0"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guest import Guest
+from guest import Guest, Network
 from lab import Lab
 
 HERE = Path(__file__).parent
@@ -202,7 +202,11 @@ class Maker:
         self.made: list[Machine] = []
 
     def __call__(
-        self, disk_format: str = "qcow2", agent: bool = True, console_log: Path | None = None
+        self,
+        disk_format: str = "qcow2",
+        agent: bool = True,
+        console_log: Path | None = None,
+        network: Network | None = None,
     ) -> Machine:
         name = f"m{next(self.numbers)}"
         disk = self._lab.add_machine(
@@ -211,6 +215,7 @@ class Maker:
             disk_format=disk_format,
             agent=agent,
             console_log=console_log,
+            network=network,
         )
         self.made.append(Machine(self._lab, name, disk))
         return self.made[-1]

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from bench import Machine, Maker, Suite
@@ -89,6 +90,38 @@ def make_shared(daemon_lab: DaemonLab) -> Iterator[Callable[[str], SharedMachine
     yield make
     for machine in made:
         daemon_lab.discard(machine)
+
+
+class Wire(NamedTuple):
+    """A network between this computer and a guest, and a key that the guest lets in.
+
+    `ip` is the command of that name with the rights that it needs.
+    """
+
+    network: guests.Network
+    key: Path
+    ip: list[str]
+
+
+@pytest.fixture
+def wire(tmp_path: Path) -> Iterator[Wire]:
+    """A tap device, made with sudo where need be."""
+    ip = ["ip"] if os.getuid() == 0 else ["sudo", "-n", "ip"]
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    public = key.with_suffix(".pub").read_text().split()[1]
+    number = os.getpid() % 2**14  # of this worker
+    tap, net = f"kvmsnap{number:x}", f"10.{128 + number // 256}.{number % 256}"
+    make = [*ip, "tuntap", "add", "dev", tap, "mode", "tap", "user", str(os.getuid())]
+    done = subprocess.run(make, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot make a network: {done.stderr.strip()}")
+    try:
+        subprocess.run([*ip, "address", "add", f"{net}.1/24", "dev", tap], check=True)
+        subprocess.run([*ip, "link", "set", tap, "up"], check=True)
+        yield Wire(guests.Network(tap, f"{net}.2/24", public), key, ip)
+    finally:
+        subprocess.run([*ip, "link", "delete", tap], check=True)
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from testdriver import Host
 
 
+def wait(domain: Domain, means: str, timeout: float) -> None:
+    ready.wait_ready(domain, ready.sign_of(domain, means), timeout)
+
+
 class Stream:
     """A stream of libvirt's: says what it is told to, notes what is sent."""
 
@@ -272,7 +276,7 @@ def test_what_earlier_tests_heard_is_not_matched(talk: Talk, streams: list[Strea
 
 
 def test_a_machine_that_was_up_before_is_ready(console: Console) -> None:
-    ready.wait_ready(console._domain, "console:login: ", 0)
+    wait(console._domain, "console:login: ", 0)
 
 
 def test_a_machine_that_boots_is_waited_for_until_it_says_so(
@@ -286,7 +290,7 @@ def test_a_machine_that_boots_is_waited_for_until_it_says_so(
         streams[0].say(next(said))
 
     monkeypatch.setattr(ready, "time", Sleepless(sleep))
-    ready.wait_ready(console._domain, "console:login: $", 60)
+    wait(console._domain, "console:login: $", 60)
     assert next(said, None) is None
 
 
@@ -294,7 +298,7 @@ def test_a_machine_that_does_not_say_so_is_told(console: Console, streams: list[
     console.boots()
     streams[0].say(b"Kernel panic\n")
     with pytest.raises(Exception, match="the machine did not get ready") as caught:
-        ready.wait_ready(console._domain, "console:login: ", 0)
+        wait(console._domain, "console:login: ", 0)
     assert "for its console to say 'login: '" in str(caught.value)
     assert "| Kernel panic" in str(caught.value)
 
@@ -305,7 +309,7 @@ def test_a_log_file_tells_it_too(define: Callable[..., Domain], tmp_path: Path) 
     domain.console.begin()
     domain.console.boots()
     log.write_text("box login: ")
-    ready.wait_ready(domain, "console:login: ", 0)
+    wait(domain, "console:login: ", 0)
 
 
 class Sleepless:

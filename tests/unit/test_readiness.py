@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 
 
+def wait(domain: Domain, means: str, timeout: float) -> None:
+    ready.wait_ready(domain, ready.sign_of(domain, means), timeout)
+
+
 class Box:
     """A running domain, to be defined with a console of one's choice."""
 
@@ -60,13 +64,13 @@ def test_the_agent_is_waited_for_where_there_is_a_channel(
 
 
 def test_a_machine_that_answers_is_ready(box: Box, local_guest: "LocalGuest") -> None:
-    ready.wait_ready(box.define(), "agent", 60)
+    wait(box.define(), "agent", 60)
     assert local_guest.log == ["guest-ping"]
 
 
 def test_without_means_nothing_is_asked(box: Box, local_guest: "LocalGuest") -> None:
     local_guest.refusals = {"guest-ping": "not connected"}
-    ready.wait_ready(box.define(), "none", 60)
+    wait(box.define(), "none", 60)
     assert local_guest.log == []
 
 
@@ -75,7 +79,7 @@ def test_a_machine_that_answers_late_is_ready(
 ) -> None:
     silences = iter([AgentError("", why="not connected")] * 3)
     monkeypatch.setattr(Agent, "silence", lambda self: next(silences, None))
-    ready.wait_ready(box.define(), "agent", 60)
+    wait(box.define(), "agent", 60)
     assert next(silences, None) is None
 
 
@@ -104,10 +108,10 @@ def test_an_agent_that_libvirt_lost_is_waited_for_a_short_time(
     monkeypatch.setattr(Agent, "silence", lambda self: next(told, None))
     domain = box.define()
     if lost == 2:
-        ready.wait_ready(domain, "agent", 60)
+        wait(domain, "agent", 60)
         return
     with pytest.raises(AgentLostError) as caught:
-        ready.wait_ready(domain, "agent", 60)
+        wait(domain, "agent", 60)
     assert caught.value.why == f"libvirt lost the guest agent: {why}"
     assert (caught.value.where, caught.value.cure) == (WHERE, "revert")
 
@@ -120,7 +124,7 @@ def test_a_machine_that_never_answers_is_told_with_its_last_words(
     local_guest.refusals = {"guest-ping": "not connected"}
     domain = box.define(f"<serial type='pty'><log file='{log}'/></serial>")
     with pytest.raises(NotReadyError, match="the machine did not get ready") as caught:
-        ready.wait_ready(domain, "agent", 0.05)
+        wait(domain, "agent", 0.05)
     error = caught.value
     assert error.where == "box at test:///default"
     assert error.why.startswith("waited 0.05 s for the guest agent to answer (state: running)\n")
@@ -133,14 +137,14 @@ def test_a_machine_that_never_answers_is_told_with_its_last_words(
 def test_a_machine_without_a_console_is_told_as_such(box: Box, local_guest: "LocalGuest") -> None:
     local_guest.refusals = {"guest-ping": "not connected"}
     with pytest.raises(NotReadyError) as caught:
-        ready.wait_ready(box.define(), "agent", 0.05)
+        wait(box.define(), "agent", 0.05)
     assert caught.value.why.endswith("nothing is known of its console")
 
 
 def test_a_machine_that_goes_off_is_not_waited_for(box: Box, local_guest: "LocalGuest") -> None:
     local_guest.refusals = {"guest-ping": "not connected"}
     with pytest.raises(NotReadyError) as caught:
-        ready.wait_ready(box.define(state="shut off"), "agent", 600)
+        wait(box.define(state="shut off"), "agent", 600)
     assert caught.value.why.startswith("the machine went off while it was booting (state: shut")
 
 
