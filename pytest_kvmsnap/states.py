@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kvmsnap import run
+from pytest_kvmsnap import reporting, run
 from pytest_kvmsnap.errors import ConnectionLostError
 from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
 from pytest_kvmsnap.preparations import (
@@ -30,6 +30,7 @@ from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
+    from pytest_kvmsnap.lab.ledger import Ledger
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
     from pytest_kvmsnap.pools import Pool
     from pytest_kvmsnap.usage import Definition
@@ -67,6 +68,7 @@ def states_of(config: pytest.Config) -> "_States":
     if _STATES not in config.stash:
         config.stash[_STATES] = states = _States(config)
         config.pluginmanager.register(states, "kvmsnap-states")
+        reporting.listen(config, lambda item: _course_of(item).starts)
     return config.stash[_STATES]
 
 
@@ -114,12 +116,14 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts.
+    machines that `vm` gave, `entered` those that were brought to where the test starts. `starts`
+    are the snapshots that it started from, by the ledgers of all machines that it asked for.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
     entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
+    starts: "dict[Ledger, str]" = field(default_factory=dict)
 
 
 class _States:
@@ -197,7 +201,15 @@ class _States:
         return request_of(item, scope, run.settings_of(self._config))
 
     def _savepoints(self, request: Request) -> "Savepoints":
-        return run.lab_of(self._config).savepoints(request)
+        savepoints = run.lab_of(self._config).savepoints(request)
+        if self._item is not None:
+            _course_of(self._item).starts.setdefault(savepoints.machine.ledger, "")
+        return savepoints
+
+    def _is_for(self, item: pytest.Item, savepoints: "Savepoints", start: "State") -> None:
+        """Note for which test a machine is worked on, and where that starts."""
+        savepoints.machine.used_by(item.nodeid)
+        _course_of(item).starts[savepoints.machine.ledger] = start.snapshot
 
     def clean_machine(self, item: pytest.Item) -> "VM":
         request = self.request(item, "function")
@@ -263,7 +275,7 @@ class _States:
             if request in prepared:
                 raise too_late(definition.argname, request, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
-        savepoints.machine.used_by(item.nodeid)
+        self._is_for(item, savepoints, state)
         savepoints.start(state)
         course = _course_of(item)
         course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
@@ -289,7 +301,7 @@ class _States:
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
-        savepoints.machine.used_by(item.nodeid)
+        self._is_for(item, savepoints, state)
         savepoints.go_on(state, scope)
         _course_of(item).entered[request.machine] = savepoints
 
@@ -371,7 +383,7 @@ class _States:
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
             for wanted, state in above.items():
-                machines[wanted].machine.used_by(item.nodeid)
+                self._is_for(item, machines[wanted], state)
                 machines[wanted].start(state)
                 _course_of(item).entered[wanted.machine] = machines[wanted]
             definition.addfinalizer(partial(self._drop, definition))

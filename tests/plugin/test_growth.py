@@ -74,7 +74,7 @@ def test_each_image_is_told_for_itself(suite: "Suite", host: "Host", image: Path
     suite.write(TESTS.format(path=str(image)) + f"\ndef test_others(vm):\n{grown}")
     result = suite.run("--kvmsnap-growth-limit=1 MiB")
     result.assert_outcomes(passed=4)
-    told = [line.split(" grew")[0] for line in result.outlines if line.startswith("box: ")]
+    told = [line.split(" grew")[0] for line in result.outlines if line.startswith("box: its")]
     assert told == [f"box: its image {each}" for each in (image, other)]
 
 
