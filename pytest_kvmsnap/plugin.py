@@ -191,6 +191,6 @@ def pytest_terminal_summary(terminalreporter: "TerminalReporter") -> None:
         terminalreporter.write_line(f"ERROR: {problem}", red=True)
     words = [*reporting.closing_lines(config), *run.closing_words(config)]
     if words:
-        terminalreporter.section("pytest-kvmsnap")
+        terminalreporter.write_sep("=", "pytest-kvmsnap")
     for text in words:
         terminalreporter.write_line(text)

@@ -141,7 +141,7 @@ def _write(config: pytest.Config, account: "Account") -> bool:
 def closing_lines(config: pytest.Config) -> list[str]:
     """Return what the terminal says at the end; nothing when no machine was used."""
     account = config.stash.get(_ACCOUNT, None)
-    if account is None:
+    if account is None or config.option.no_summary:  # newer versions of pytest ask nevertheless
         return []
     from pytest_kvmsnap.report import summary
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 MACHINE = "kvmsnap_machine"
+_EVIDENCE = "kvmsnap_evidence"
 _PREFIX = "kvmsnap_"
 NAMES = frozenset(
     _PREFIX + name
@@ -36,17 +37,21 @@ _RESULTS = pytest.StashKey["Results"]()
 
 @dataclass(frozen=True)
 class Try:
-    """One try of a test that used machines; `outcome` in pytest's words, or "rerun"."""
+    """One try of a test that used machines; `outcome` in pytest's words, or "rerun".
+
+    `evidence` is the folder of what a failure left, empty where there is none.
+    """
 
     test: str
     outcome: str
     machines: list[dict[str, Any]]
+    evidence: str = ""
 
 
 @dataclass
 class _UnderWay:
     reports: list[tuple[str, str, bool]] = field(default_factory=list)
-    machines: list[dict[str, Any]] = field(default_factory=list)
+    properties: list[tuple[str, Any]] = field(default_factory=list)
 
 
 class Results:
@@ -63,7 +68,8 @@ class Results:
             self._end(key)  # of a try whose teardown was not told (pytest-rerunfailures before 16)
         test = self._under_way.setdefault(key, _UnderWay())
         test.reports.append((report.when or "", report.outcome, hasattr(report, "wasxfail")))
-        test.machines = machines_of(report.user_properties) or test.machines
+        if any(name == MACHINE for name, _ in report.user_properties):
+            test.properties = report.user_properties
         if report.when == "teardown":
             self._end(key)
 
@@ -74,8 +80,10 @@ class Results:
 
     def _end(self, key: tuple[str, str]) -> None:
         test = self._under_way.pop(key, None)
-        if test is not None and test.machines:
-            self.tries.append(Try(key[1], outcome_of(test.reports), test.machines))
+        if test is not None and test.properties:
+            machines = machines_of(test.properties)
+            evidence = str(dict(test.properties).get(_EVIDENCE, ""))
+            self.tries.append(Try(key[1], outcome_of(test.reports), machines, evidence))
 
 
 def listen(config: pytest.Config) -> Results:
@@ -92,13 +100,17 @@ def results_of(config: pytest.Config) -> Results | None:
 
 
 def machines_of(properties: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """Return what is told of each machine; the names are those of the properties, shortened."""
+    """Return what is told of each machine; the names are those of the properties, shortened.
+
+    What comes before all machines is of the first one.
+    """
     machines: list[dict[str, Any]] = []
+    begun: dict[str, Any] = {}
     for name, value in properties:
         if name == MACHINE:
-            machines.append({})
-        if name in NAMES and machines:
-            machines[-1][name.removeprefix(_PREFIX)] = value
+            machines.append(begun if not machines else {})
+        if name in NAMES and name != _EVIDENCE:
+            (machines[-1] if machines else begun)[name.removeprefix(_PREFIX)] = value
     return machines
 
 

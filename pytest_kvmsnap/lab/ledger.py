@@ -54,16 +54,25 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Others have the machine, or the host does too much at once."""
-        before = self.seconds["wait"]
-        with self._spending("wait"):
+        """Others have what is needed; if it is had at once, that is a part of what it is for."""
+        outer = self._kind
+        self._switch_to(None)
+        begun = self._since
+        try:
             yield
-        self.waits += self.seconds["wait"] - before > _NO_WAIT
+        finally:
+            self._switch_to(outer)
+            seconds = self._since - begun
+            if not self.waited(seconds) and outer is not None:
+                self.seconds[outer] += seconds
 
-    def waited(self, seconds: float) -> None:
-        """Note a wait from before it was clear for which machine."""
-        self.seconds["wait"] += seconds
-        self.waits += seconds > _NO_WAIT
+    def waited(self, seconds: float) -> bool:
+        """Note a wait, unless nobody would call it one; tell which."""
+        is_wait = seconds > _NO_WAIT
+        if is_wait:
+            self.seconds["wait"] += seconds
+            self.waits += 1
+        return is_wait
 
     def reverted(self, *, fast: bool) -> None:
         self.reverts += 1

@@ -461,7 +461,7 @@ class Machine:
             yield
 
     def _run(self) -> None:
-        with self._slot(), self.ledger.getting_ready():
+        with self.ledger.getting_ready(), self._slot():
             if self.domain.state() == "paused":
                 self.domain.resume()
             else:
@@ -514,7 +514,7 @@ class Machine:
         self._stands_now_at(snapshot)
 
     def _revert_once(self, snapshot: str) -> None:
-        with self._slot(), self.ledger.reverting():
+        with self.ledger.reverting(), self._slot():
             timeout = self._settings.revert_timeout
             if self._fast is not None and self._fast.revert(snapshot, timeout):
                 self.ledger.reverted(fast=True)

@@ -5,6 +5,7 @@ import datetime as dt
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,16 @@ def as_plain(account: Account) -> dict[str, Any]:
             {
                 "test": each.test,
                 "outcome": each.outcome,
-                "machines": [{"snapshot": None, "image": None, **used} for used in each.machines],
+                **({"evidence": each.evidence} if each.evidence else {}),
+                "machines": [_use(used) for used in each.machines],
             }
             for each in account.tries
         ],
     }
+
+
+def _use(used: Mapping[str, Any]) -> dict[str, Any]:
+    return {"machine": used["machine"], "snapshot": None, "image": None, **used}
 
 
 def _machine(account: Account, ledger: Ledger) -> dict[str, Any]:

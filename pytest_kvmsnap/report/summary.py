@@ -8,8 +8,8 @@ from pytest_kvmsnap.sizes import mib
 
 _MOST_NAMES = 8
 _WIDTH = 100
-_NO_WAIT = 0.1
-_SHOWN = 0.0005  # seconds, half of what a property tells
+_SHOWN = 0.005
+"""Seconds that are not shown as 0.00; pytest's own durations leave out the same."""
 
 
 def header(frame: Frame) -> str:
@@ -63,7 +63,7 @@ def _cells(account: Account, ledger: Ledger) -> list[str]:
 
 def _notes(ledger: Ledger) -> list[str]:
     notes = []
-    if ledger.seconds["wait"] > _NO_WAIT:
+    if ledger.waits:
         times = f"{ledger.waits} times" if ledger.waits > 1 else "once"
         notes.append(f"waited {ledger.seconds['wait']:.1f} s for others ({times})")
     if ledger.growth:
@@ -95,7 +95,7 @@ def durations(account: Account, count: int) -> list[str]:
         (seconds_of(used), each, used)
         for each in account.tries
         for used in each.machines
-        if seconds_of(used) > _SHOWN
+        if seconds_of(used) >= _SHOWN
     ]
     slowest = sorted(spent, key=lambda it: it[0], reverse=True)[:count]
     if not slowest:
@@ -114,7 +114,7 @@ def durations(account: Account, count: int) -> list[str]:
 def _spent_on(used: dict[str, float]) -> Iterable[str]:
     for kind in KINDS:
         seconds = seconds_of(used, kind)
-        if seconds > _SHOWN:
+        if seconds >= _SHOWN:
             yield f"{kind} {seconds:.2f}"
 
 
