@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 THREE_TESTS = "def test_one(vm): pass\ndef test_two(vm): pass\ndef test_three(vm): pass\n"
 HEADER = "kvmsnap: test:///default (libvirt "
-SECTION = "*=== pytest-kvmsnap ===*"
+REPORTS = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
 
 
 @pytest.fixture
@@ -324,6 +324,46 @@ def test_the_report_has_the_run_its_machines_and_tests(suite: "Suite", host: "Ho
     assert (box["machine"], box["image"]) == ("box", "/images/box.qcow2")
     assert (box["tests"], box["snapshots"], box["reverts"]) == (5, 1, 5)
     assert (box["quarantine"], box["kept"], box["growth_bytes"]) == (None, [], 0)
+
+
+# What is kept and left of a failed test is told the same way as the rest.
+FAILS = """
+    from pytest_kvmsnap.report import properties
+
+    def test_fails(vm, request):
+        request.node.user_properties.append(("kvmsnap_evidence", "folder"))
+        properties.add(request.node, "box", "kvmsnap_kept", "snapshot")
+        assert 0
+"""
+
+
+def test_the_report_is_as_its_documentation_says(suite: "Suite", host: "Host") -> None:
+    host.define()
+    suite.write(FAILS)
+    suite.run("--kvmsnap-report=report.json")
+    (example,) = re.findall(r"^```json\n(.*?)^```$", REPORTS, re.DOTALL | re.MULTILINE)
+    assert shape(report(suite)) == shape(json.loads(example))
+    written = re.findall(r"`([a-z_.\[\]]+)`", REPORTS)
+    meant = {name.rpartition(".")[2].removeprefix("kvmsnap_") for name in written}
+    assert fields(report(suite)) <= meant
+
+
+def fields(value: Any) -> set[str]:
+    """Return the names of all fields."""
+    if isinstance(value, list):
+        return {name for each in value for name in fields(each)}
+    if not isinstance(value, dict):
+        return set()
+    return set(value) | fields(list(value.values()))
+
+
+def shape(value: Any) -> Any:
+    """Return the fields with their types; a text may be null instead."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for each in value if isinstance(each, dict)]
+    return "number" if isinstance(value, int | float) else "text"
 
 
 @pytest.mark.parametrize("place", ["", "file.txt/report.json"], ids=["folder", "below a file"])
