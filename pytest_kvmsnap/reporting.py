@@ -45,7 +45,8 @@ def begin(config: pytest.Config, requests: "Sequence[Request]") -> None:
 
     shown = run.lab_of(config).shown(request.machine for request in requests)
     config.stash[_MACHINES] = tuple(shown)
-    if not xdist.is_worker(config) and _is_verbose(config) and not config.option.no_header:
+    is_wanted = _is_verbose(config) and not config.getoption("no_header", default=False)
+    if is_wanted and not xdist.is_worker(config):
         run.voice(config).line(summary.header(_frame(config)))
 
 
@@ -132,7 +133,7 @@ def _write(config: pytest.Config, account: "Account") -> bool:
         jsonfile.write(account, Path(account.frame.report))
     except OSError as error:
         config.stash[_PROBLEM] = f"the report could not be written: {error}"
-        if config.option.no_summary or not config.pluginmanager.has_plugin("terminalreporter"):
+        if not config.pluginmanager.has_plugin("terminalreporter") or config.option.no_summary:
             sys.stderr.write(f"{config.stash[_PROBLEM]}\n")
         return False
     return True
@@ -157,5 +158,5 @@ def closing_lines(config: pytest.Config) -> list[str]:
 
 def _is_verbose(config: pytest.Config) -> bool:
     """Tell whether people want to read more than the outcome, which -q denies."""
-    verbosity: int = config.option.verbose
+    verbosity: int = config.getoption("verbose", default=0)  # of the terminal's, if there is one
     return verbosity >= 0

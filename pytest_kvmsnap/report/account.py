@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pytest_kvmsnap.lab.ledger import KINDS, Ledger
@@ -37,19 +38,22 @@ class Account:
     begun: float = 0.0
     ended: float = 0.0
 
+    @cached_property
+    def _uses(self) -> dict[str, list[tuple[Try, dict[str, Any]]]]:
+        uses: dict[str, list[tuple[Try, dict[str, Any]]]] = {}
+        for each in self.tries:
+            for used in each.machines:
+                uses.setdefault(used["machine"], []).append((each, used))
+        return uses
+
     def uses(self, machine: str) -> list[tuple[Try, dict[str, Any]]]:
         """Return the tries that used a machine, with what is told of that."""
-        return [
-            (each, used)
-            for each in self.tries
-            for used in each.machines
-            if used["machine"] == machine
-        ]
+        return self._uses.get(machine, [])
 
     def machines(self) -> list[Ledger]:
         """Return the machines by name. One whose process died has no costs but those of tests."""
-        named = {used["machine"] for each in self.tries for used in each.machines}
-        known = [self.ledgers.get(name) or Ledger(name) for name in named | self.ledgers.keys()]
+        names = self._uses.keys() | self.ledgers.keys()
+        known = [self.ledgers.get(name) or Ledger(name) for name in names]
         return sorted(known, key=lambda each: each.machine)
 
 

@@ -164,6 +164,21 @@ def test_a_run_without_machines_tells_nothing(suite: "Suite") -> None:
     assert not (suite.pytester.path / "folder").exists()
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_runs_without_a_terminal_write_their_report(
+    suite: "Suite", host: "Host", is_folder: bool
+) -> None:
+    host.define(state="running")
+    made = "__import__('pathlib').Path('report.json').mkdir()" if is_folder else "pass"
+    suite.write(f"def test_one(vm): {made}")
+    result = suite.run("-pno:terminal", "--kvmsnap-report=report.json")
+    assert result.ret == (pytest.ExitCode.TESTS_FAILED if is_folder else pytest.ExitCode.OK)
+    told = "the report could not be written: " in result.stderr.str()
+    assert told == is_folder
+    if not is_folder:
+        assert report(suite)["machines"][0]["tests"] == 1
+
+
 # durations
 
 
@@ -425,6 +440,17 @@ def test_without(): pass
     assert box["reverts"] >= 8
     found = properties(shared.pytester.path / "junit.xml")
     assert sum(dict(each[0]).get("kvmsnap_machine") == "box" for each in found.values()) == 8
+
+
+@pytest.mark.usefixtures("xdist")
+def test_who_waits_for_a_machine_is_counted(shared: "SharedSuite") -> None:
+    shared.host.define(state="running")
+    tests = (f"def test_{name}(vm): time.sleep(0.4)" for name in ("one", "two", "three", "four"))
+    shared.write("\n".join(["import time", *tests]))
+    result = shared.run_apart("-n2", "--kvmsnap-report=report.json")
+    assert [line for line in after_section(result) if line.startswith("  waited ")]
+    assert report(shared)["machines"][0]["waits"] >= 1
+    assert sum(bool(each["machines"][0]["wait_seconds"]) for each in report(shared)["tests"]) >= 1
 
 
 @pytest.mark.usefixtures("xdist")
