@@ -239,15 +239,16 @@ class Lab:
     def _machine(self, domain: Domain, lease: Lease, snapshot: str | None) -> Machine:
         """Return a machine that was just leased, with what others left put right."""
         settings, slots, tell = self._settings, self._site.slots, self._voice.line
-        ledger = self._site.ledger(domain.name)
-        ledger.image = ledger.image or _image_of(domain)
         journal = journals.load(lease.journal_path)
         if journal is not None and relay.can_be_taken_over(domain, journal, settings):
             self._checks.late_snapshot(domain, snapshot)
-            return Machine(domain, relay.taken_over(journal), settings, slots, tell, ledger=ledger)
-        cleanup.work_off(domain, lease, settings, self._voice.line)
-        self._checks.late(domain, lease, snapshot)
-        journal = self._site.journal(domain, lease)
+            journal = relay.taken_over(journal)
+        else:
+            cleanup.work_off(domain, lease, settings, self._voice.line)
+            self._checks.late(domain, lease, snapshot)
+            journal = self._site.journal(domain, lease)
+        ledger = self._site.ledger(domain.name)
+        ledger.image = ledger.image or _image_of(domain)
         return Machine(domain, journal, settings, slots, tell, ledger=ledger)
 
     def current(self, request: Request) -> Savepoints | None:
