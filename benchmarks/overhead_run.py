@@ -18,7 +18,7 @@ import libvirt_qemu
 import pytest
 
 from pytest_kvmsnap.guest import agent
-from pytest_kvmsnap.machine import domain
+from pytest_kvmsnap.machine import calls
 
 
 class Clock:
@@ -62,7 +62,7 @@ def pytest_configure() -> None:
                 watch(owner, name)
     for name in ("qemuAgentCommand", "qemuMonitorCommand"):
         watch(libvirt_qemu, name)
-    watch(domain._Call, "ended_within")
+    watch(calls.Call, "ended_within")
     watch(time, "sleep")
     for name in ("run", "silence"):
         CLOCK.watch(agent.Agent, name)

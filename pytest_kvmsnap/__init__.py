@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_kvmsnap.errors import (
         AgentError,
         ConnectionLostError,
+        ConsoleError,
         KvmsnapError,
         MachineError,
         NotReadyError,
@@ -27,6 +28,7 @@ __all__ = [
     "VM",
     "AgentError",
     "ConnectionLostError",
+    "ConsoleError",
     "Disk",
     "KvmsnapError",
     "MachineError",

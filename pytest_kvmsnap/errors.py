@@ -11,6 +11,7 @@ __all__ = [
     "BlockedError",
     "ConfigError",
     "ConnectionLostError",
+    "ConsoleError",
     "ConversionError",
     "DomainNotFoundError",
     "HypervisorError",
@@ -112,6 +113,10 @@ class QuarantinedError(MachineError):
 
 class LeaseError(MachineError):
     """The machine belongs to another process, or its lock cannot be used."""
+
+
+class ConsoleError(MachineError):
+    """The serial console cannot be used, or did not say what was waited for."""
 
 
 class AgentError(MachineError):

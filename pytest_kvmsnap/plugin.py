@@ -8,7 +8,17 @@ import pytest
 from _pytest.main import wrap_session
 from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
 
-from pytest_kvmsnap import hooks, markers, plan, reporting, results, run, states, xdist
+from pytest_kvmsnap import (
+    failures,
+    hooks,
+    markers,
+    plan,
+    reporting,
+    results,
+    run,
+    states,
+    xdist,
+)
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
@@ -167,6 +177,17 @@ def _will_run(item: pytest.Item) -> bool:
     except pytest.fail.Exception:  # a wrong marker of pytest's, which pytest reports itself
         return False
     return expected is None or expected.run or item.config.option.runxfail
+
+
+# Outermost, so that what was expected to fail has not failed.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when != "teardown":
+        failures.look(item, report)
+    return report
 
 
 @pytest.hookimpl(trylast=True)

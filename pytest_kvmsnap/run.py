@@ -187,6 +187,7 @@ def close(config: pytest.Config) -> bool:
         return True
     failures = lab.close()
     words = [*lab.grown, *_unproven_words(lab.unproven)]
+    words += [line for kept in lab.kept for line in kept.lines()]
     config.stash[_CLOSING] = [*words, *map(str, failures)]
     if xdist.is_worker(config):
         xdist.hand_over_words(config, config.stash[_CLOSING], failed=bool(failures))

@@ -31,6 +31,7 @@ from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
     from pytest_kvmsnap.lab.ledger import Ledger
+    from pytest_kvmsnap.lab.machine import Machine
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
     from pytest_kvmsnap.pools import Pool
     from pytest_kvmsnap.usage import Definition
@@ -70,6 +71,15 @@ def states_of(config: pytest.Config) -> "_States":
         config.pluginmanager.register(states, "kvmsnap-states")
         reporting.listen(config, lambda item: _course_of(item).starts)
     return config.stash[_STATES]
+
+
+def machines_after(item: pytest.Item, report: pytest.TestReport) -> "list[Machine]":
+    """Return the machines that a test, or what was set up for it, worked on; note its outcome."""
+    course = item.stash.get(_COURSE, None)
+    if course is None:
+        return []
+    course.has_failed = report.failed
+    return course.machines
 
 
 def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
@@ -116,14 +126,22 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts. `starts`
-    are the snapshots that it started from, by the ledgers of all machines that it asked for.
+    machines that `vm` gave, `entered` those that were brought to where the test starts, and
+    `machines` all that it works on, in whatever state they are. `has_failed` tells that its set-up
+    or call did. `starts` are the
+    snapshots that it started from, by the ledgers of all machines that it asked for.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
     entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
+    machines: "list[Machine]" = field(default_factory=list)
+    has_failed: bool = False
     starts: "dict[Ledger, str]" = field(default_factory=dict)
+
+    def works_on(self, machine: "Machine") -> None:
+        if machine not in self.machines:
+            self.machines.append(machine)
 
 
 class _States:
@@ -148,6 +166,7 @@ class _States:
             lab.replace_failed()
             self._unmake_what_does_not_fit(item)
             lab.prepare(self._by_machine(item, _scopes_of(item)), item.nodeid)
+            lab.begin()
         result = yield
         with run.told():
             self._enter(item)
@@ -205,11 +224,6 @@ class _States:
         if self._item is not None:
             _course_of(self._item).starts.setdefault(savepoints.machine.ledger, "")
         return savepoints
-
-    def _is_for(self, item: pytest.Item, savepoints: "Savepoints", start: "State") -> None:
-        """Note for which test a machine is worked on, and where that starts."""
-        savepoints.machine.used_by(item.nodeid)
-        _course_of(item).starts[savepoints.machine.ledger] = start.snapshot
 
     def clean_machine(self, item: pytest.Item) -> "VM":
         request = self.request(item, "function")
@@ -275,19 +289,34 @@ class _States:
             if request in prepared:
                 raise too_late(definition.argname, request, "vm", item.nodeid)
         savepoints, state = self._savepoints(request), self._state(item, request)
-        self._is_for(item, savepoints, state)
+        course = self._work_on(item, savepoints, state)
         savepoints.start(state)
-        course = _course_of(item)
-        course.vms[request] = savepoints.machine.vm(savepoints.machine.touched)
+        vm = course.vms[request] = self._vm(savepoints)
         course.entered[request.machine] = savepoints
 
         def undo() -> None:
             del course.vms[request]
-            with run.told():
-                savepoints.undo(state)
-                self._refuse_what_came_late(item, request, state)
+            hook, failed = self._config.hook, course.has_failed
+            try:
+                hook.pytest_kvmsnap_before_revert(vm=vm, item=item, failed=failed)
+            finally:
+                with run.told():
+                    savepoints.undo(state)
+                    self._refuse_what_came_late(item, request, state)
 
         item.addfinalizer(undo)
+        self._config.hook.pytest_kvmsnap_vm_ready(vm=vm)
+
+    def _work_on(self, item: pytest.Item, savepoints: "Savepoints", start: "State") -> "_Course":
+        course = _course_of(item)
+        course.works_on(savepoints.machine)
+        course.starts[savepoints.machine.ledger] = start.snapshot
+        savepoints.machine.used_by(item.nodeid)
+        return course
+
+    @staticmethod
+    def _vm(savepoints: "Savepoints") -> "VM":
+        return savepoints.machine.vm(savepoints.machine.touched)
 
     def _refuse_what_came_late(self, item: pytest.Item, request: Request, state: "State") -> None:
         """Refuse a preparation that the test asked for while `vm` was in use.
@@ -301,9 +330,11 @@ class _States:
 
     def _hold(self, item: pytest.Item, request: Request, scope: str) -> None:
         savepoints, state = self._savepoints(request), self._state(item, request)
-        self._is_for(item, savepoints, state)
-        savepoints.go_on(state, scope)
-        _course_of(item).entered[request.machine] = savepoints
+        course = self._work_on(item, savepoints, state)
+        is_new = savepoints.go_on(state, scope)
+        course.entered[request.machine] = savepoints
+        if is_new:
+            self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(savepoints))
 
     def _by_machine(self, item: pytest.Item, scopes: Collection[str]) -> dict[Request, str]:
         return requests_of(item, scopes, run.settings_of(self._config))
@@ -383,9 +414,10 @@ class _States:
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
             for wanted, state in above.items():
-                self._is_for(item, machines[wanted], state)
+                course = self._work_on(item, machines[wanted], state)
                 machines[wanted].start(state)
-                _course_of(item).entered[wanted.machine] = machines[wanted]
+                course.entered[wanted.machine] = machines[wanted]
+                self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(machines[wanted]))
             definition.addfinalizer(partial(self._drop, definition))
         finalizers = len(definition._finalizers)
         self._being_made.append((definition.argname, set(machines.values())))

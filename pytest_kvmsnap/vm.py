@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
+from pytest_kvmsnap.guest.console import Console
 from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
@@ -47,6 +48,7 @@ class VM:
         self._description = description
         self._on_use = on_use
         self._on_snapshot = on_snapshot
+        self._console: Console | None = None
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} at {self.uri}>"
@@ -102,6 +104,41 @@ class VM:
             NotReadyError: it is not; the message has the last lines of its console.
         """
         self._guest.wait_ready(timeout)
+
+    # screen and console
+
+    def screenshot(self, path: str | os.PathLike[str]) -> Path:
+        """Write a picture of the screen to a file, and return its path.
+
+        It is a PNG. QEMU before 7.1 makes PPM only, and the file's name ends so then.
+
+        Raises:
+            MachineError: the machine is off, or has no screen.
+        """
+        picture, kind = self._domain.screenshot()
+        file = Path(path) if kind == "png" else Path(path).with_suffix(f".{kind}")
+        file.write_bytes(picture)
+        return file
+
+    @property
+    def console(self) -> Console:
+        """The serial console, to talk to a guest without agent or network."""
+        domain = self._domain
+        if self._console is None:
+            self._console = Console(domain)
+        return self._console
+
+    def console_log(self) -> str:
+        """Return all that the serial console said since the test began.
+
+        Raises:
+            ConsoleError: nobody could listen to it.
+        """
+        console = self._domain.console
+        said = console.said()
+        if said is None:
+            raise console.unheard("nothing is known of the console")
+        return said
 
     # snapshots and disks
 

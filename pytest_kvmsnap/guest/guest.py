@@ -29,6 +29,18 @@ class Guest:
             AgentLostError: waiting is of no use, the machine must be started anew.
         """
         ready.wait_ready(self.domain, self.means, self._timeout if timeout is None else timeout)
+        self.domain.console.arrived()
+
+    def shell(self, script: str, *arguments: str, timeout: int) -> bytes:
+        """Run a short shell script, for a guest that may be broken; return what it printed.
+
+        Raises:
+            MachineError: there is no answer within about `timeout` seconds.
+            subprocess.TimeoutExpired: the script took longer.
+        """
+        self.agent.command("guest-ping", timeout=timeout)
+        argv = ["/bin/sh", "-c", script, "sh", *arguments]
+        return self.agent.run(argv, timeout=timeout).stdout
 
     def set_clock(self) -> None:
         """Set its clock to the host's, where it can be told to."""

@@ -11,6 +11,7 @@ from pytest_kvmsnap.errors import KvmsnapError, QuarantinedError, UsageProblem
 from pytest_kvmsnap.golden import Golden
 from pytest_kvmsnap.lab import goldens, restore
 from pytest_kvmsnap.lab.journal import Journal
+from pytest_kvmsnap.lab.kept import surplus
 from pytest_kvmsnap.lab.lease import Lease
 from pytest_kvmsnap.lab.machine import Machine
 from pytest_kvmsnap.lab.outlook import PlannedConversion
@@ -96,8 +97,25 @@ class Clones:
             return machine, lease
 
     def _name(self, golden: Golden) -> str:
-        label = re.sub(r"[^\w-]", "-", golden.image.stem, flags=re.ASCII)[:40]
-        return f"kvmsnap-{label}-{self._run}-{next(self._numbers)}"
+        return f"{_prefix(golden)}{self._run}-{next(self._numbers)}"
+
+    def make_room(self, golden: Golden) -> None:
+        """Remove the oldest machines that hold states which are kept for people, if there are many.
+
+        Those of living runs, and of dead ones that are to be worked off, have a journal.
+        """
+        site = self._site
+        pattern = re.compile(rf"{re.escape(_prefix(golden))}[0-9a-f]{{8}}-\d+")
+        holders = []
+        for name in filter(pattern.fullmatch, site.hypervisor.names()):
+            domain, folder = site.domain(name), store.folder("clones") / name
+            held = surplus(domain.snapshots(), 0)
+            is_ours = folder.is_dir() and not site.lease(domain).journal_path.exists()
+            if held and is_ours and not domain.is_active():
+                holders.append((held[-1].created, domain, folder))
+        holders.sort(key=lambda holder: holder[0])
+        for _, domain, folder in holders[: max(len(holders) - self._settings.keep_max, 0)]:
+            clone.discard(domain, folder)
 
     def failed(self, golden: Golden, machine: Machine) -> None:
         """Note why a machine failed: one that never came up may do so because of its image."""
@@ -105,6 +123,11 @@ class Clones:
             self._stillborn.setdefault(golden, []).append(machine.failure)
         else:
             self._stillborn.pop(golden, None)
+
+
+def _prefix(golden: Golden) -> str:
+    label = re.sub(r"[^\w-]", "-", golden.image.stem, flags=re.ASCII)[:40]
+    return f"kvmsnap-{label}-"
 
 
 @contextlib.contextmanager

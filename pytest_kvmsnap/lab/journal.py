@@ -60,7 +60,8 @@ class Journal:
 
     `found_snapshot` is the one that the machine goes back to at the end. `taken` are the snapshots
     of this run, oldest first, with their XML, which is empty until they stand. `by_tests` are the
-    names that tests gave to snapshots, noted before these are taken. `planted` tells that the
+    names that tests gave to snapshots, noted before these are taken, `kept` the snapshots with
+    their XML that are kept for people. `planted` tells that the
     canary's block was put on the disk of a machine that was found running. `clone` is the folder of
     a throwaway machine, which is removed rather than put back. `waits_for` are the
     journals' names of the machines that the run waits for while it keeps this one, and `clean`
@@ -84,6 +85,7 @@ class Journal:
     by_tests: list[str] = field(default_factory=list)
     planted: bool = False
     conversions: list[Conversion] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     clone: Path | None = None
     waits_for: list[str] = field(default_factory=list)
     clean: Clean | None = None

@@ -19,6 +19,7 @@ from pytest_kvmsnap.lab import cleanup, foreign, locks, relay
 from pytest_kvmsnap.lab import journal as journals
 from pytest_kvmsnap.lab.checks import Checks
 from pytest_kvmsnap.lab.clones import Clones
+from pytest_kvmsnap.lab.kept import Kept
 from pytest_kvmsnap.lab.lease import Lease, take_first_free
 from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.machine import Machine
@@ -49,7 +50,8 @@ class Lab:
     """The machines of one process, on one hypervisor, from the first test to the last.
 
     `unproven` are the tests, by machine, after which only the state from outside proves the revert.
-    `grown` are the words on images that grew too much, which were told already.
+    `kept` are the states that were kept for people. `grown` are the words on images that grew too
+    much, which were told already.
     """
 
     def __init__(self, settings: Settings, voice: Voice) -> None:
@@ -65,6 +67,7 @@ class Lab:
         self._checks = Checks(self._site, self._clones)
         self.unproven: dict[str, list[str]] = {}
         self.grown: list[str] = []
+        self.kept: list[Kept] = []
 
     @property
     def about(self) -> About | None:
@@ -132,6 +135,11 @@ class Lab:
         if len(wanted) > 1:
             for request in sorted(wanted.values(), key=self._order):
                 self.savepoints(request).reserve()
+
+    def begin(self) -> None:
+        """Note that a test begins: what the consoles of our machines said so far is not its."""
+        for held in self._held.values():
+            held.machine.domain.console.begin()
 
     def _order(self, request: Request) -> tuple[int, str]:
         machine = request.machine
@@ -370,6 +378,9 @@ class Lab:
         held.lease.release()
         del self._held[key]  # only now: a Ctrl-C leaves it to the next call
         self._choose_no_more(key)
+        self.kept += held.machine.kept
+        if isinstance(key, Golden) and held.machine.kept:
+            self._clones.make_room(key)
         if held.machine.unproven:
             self.unproven.setdefault(held.machine.domain.name, []).extend(held.machine.unproven)
         if failure is not None:

@@ -25,6 +25,7 @@ from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.lab.growth import Growth
 from pytest_kvmsnap.lab.journal import Clean, Journal
+from pytest_kvmsnap.lab.kept import Kept, description_for, name_for, surplus
 from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.slots import Slots
 from pytest_kvmsnap.machine import space
@@ -46,6 +47,7 @@ class _Stand(NamedTuple):
 class Machine:
     """One machine, ours until `close`.
 
+    `guest` is the system in it. `kept` are the states of it that were kept for people.
     `unproven` are the tests after which the guest could not take or look for the canary's marks,
     so that the revert is proven by power state and current snapshot alone. `failure` is why the
     machine is in quarantine, None while it is not.
@@ -67,7 +69,10 @@ class Machine:
         self._journal = journal
         self._settings = settings
         self._slots = slots
-        self._guest = Guest(domain, settings)
+        self.guest = Guest(domain, settings)
+        self.kept: list[Kept] = []
+        self._roots: set[str] = set()  # snapshots that tests started from
+        domain.console.begin()
         self._fast = FastReverts(domain, tell) if settings.revert == "fast" else None
         self._clock = Clock(domain)
         self._found = journal.found or restore.look(domain)  # found by the worker before us
@@ -108,7 +113,7 @@ class Machine:
     def vm(self, on_use: Callable[[], None]) -> VM:
         """Return the machine as tests and fixtures hold it; `on_use` is called at each use."""
         return VM(
-            self._guest,
+            self.guest,
             revert_timeout=self._settings.revert_timeout,
             description=self._journal.description(),
             on_use=on_use,
@@ -152,7 +157,9 @@ class Machine:
             )
         with self._in_quarantine_if_it_fails():
             found = self._found_snapshot()
-            return snapshot if snapshot is not None else self._baseline_from(found)
+            root = snapshot if snapshot is not None else self._baseline_from(found)
+            self._roots.add(root)
+            return root
 
     def go(self, snapshot: str, *, as_kept: bool = False) -> None:
         """Bring the machine to a snapshot of it.
@@ -170,6 +177,7 @@ class Machine:
                 self._fast.note(snapshot)  # perhaps another worker brought it there
             if not as_kept:
                 self._bring_up(snapshot)
+            self.domain.console.listen()
 
     def back(self, snapshot: str) -> None:
         """Put the machine back after a use of it, with force, and prove it.
@@ -198,7 +206,7 @@ class Machine:
         """
         if self.domain.state() == "running":
             with self.ledger.getting_ready():
-                self._guest.wait_ready()
+                self.guest.wait_ready()
             if self._settings.live:
                 self._plant()
             else:
@@ -220,6 +228,39 @@ class Machine:
             self.forget(theirs)
             raise
         return (name, *theirs)
+
+    def keep_for_people(self, test: str) -> Kept:
+        """Keep the machine as a test leaves it, for whoever looks into that; oldest out first.
+
+        Raises:
+            MachineError: the snapshot could not be taken, or none deleted to make room.
+        """
+        in_use = {*self._roots, self._found.current}
+        others = [s for s in self.domain.snapshots() if s.name not in in_use]
+        for oldest in surplus(others, self._settings.keep_max - 1):
+            self._drop_kept(oldest.name)
+        space.check_space(self.domain)
+        name = self._unused(name_for(test))
+        taken = self.domain.take_snapshot(name, description_for(test))
+        self._powers[name] = taken.state
+        self._journal.kept[name] = self.domain.snapshot_xmls()[name]
+        self._journal.save()
+        self.kept.append(Kept(self.domain, name, test, self._journal.clone))
+        return self.kept[-1]
+
+    def _drop_kept(self, name: str) -> None:
+        self.domain.delete_snapshot(name)
+        self._powers.pop(name, None)
+        self._journal.kept.pop(name, None)
+        self._found.snapshots.pop(name, None)  # of an earlier run
+        self.kept = [kept for kept in self.kept if kept.snapshot != name]
+
+    def _unused(self, name: str) -> str:
+        further = itertools.count(2)
+        chosen = name
+        while chosen in self._powers:
+            chosen = f"{name}-{next(further)}"
+        return chosen
 
     def forget(self, snapshots: tuple[str, ...]) -> None:
         """Let go of snapshots that serve no more; the next revert or `tidy` deletes them."""
@@ -300,7 +341,7 @@ class Machine:
         goal = self._journal.found_snapshot
         with self._slots.one():
             restore.as_found(
-                self._guest,
+                self.guest,
                 self._journal,
                 self._settings.revert_timeout,
                 at=goal if goal is not None and self._stands_at(goal) else None,
@@ -343,7 +384,7 @@ class Machine:
             self._go_on()
             if self._found.state == "running" and self._settings.live:
                 with self.ledger.getting_ready():
-                    self._guest.wait_ready()
+                    self.guest.wait_ready()
                 self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
@@ -472,12 +513,12 @@ class Machine:
 
     def _arrive(self) -> None:
         """Wait for a machine that just came up; set its clock and look for marks."""
-        self._guest.wait_ready()
+        self.guest.wait_ready()
         left: str | None = ""
         if self._marked is not None:
             left = self._marked.look(self._clock)
         else:
-            self._guest.set_clock()
+            self.guest.set_clock()
         self._marked = None  # only now: a lost connection leaves them to the next revert
         if left is None:
             self.unproven.append(self._user)
@@ -533,7 +574,7 @@ class Machine:
         """Allocate the canary's block before a snapshot is taken."""
         if self._takes_marks():
             with self.ledger.taking():
-                Canary(self._guest.agent, self._journal.run).plant()
+                Canary(self.guest.agent, self._journal.run).plant()
 
     def _mark(self) -> Canary | None:
         """Have the guest make the marks that a revert must wipe out; None when it cannot."""
@@ -544,11 +585,11 @@ class Machine:
             raise
         except MachineError:  # the domain is gone; the revert brings it back
             return None
-        canary = Canary(self._guest.agent, secrets.token_hex(8))
+        canary = Canary(self.guest.agent, secrets.token_hex(8))
         return canary if canary.mark() else None
 
     def _takes_marks(self) -> bool:
-        return self._settings.verify == "canary" and self._guest.has_agent
+        return self._settings.verify == "canary" and self.guest.has_agent
 
     def _check_state(self, snapshot: str) -> None:
         state, current = self.domain.state(), self.domain.current()

@@ -46,7 +46,7 @@ def _define_again(domain: Domain, journal: Journal) -> None:
         return
     domain.hypervisor.define(found.definition)
     present = {snapshot.name for snapshot in domain.snapshots()}
-    for name, xml in (found.snapshots | journal.taken).items():
+    for name, xml in (found.snapshots | journal.kept | journal.taken).items():
         if xml and name not in present:
             domain.redefine_snapshot(xml, current=False)
 
@@ -70,7 +70,7 @@ def as_found(
     """
     domain = guest.domain
     if journal.clone is not None:
-        discard(domain, journal)
+        leave_clone(domain, journal)
         return
     _define_again(domain, journal)
     conversion.remove_leftovers(domain, journal.conversions)
@@ -85,6 +85,20 @@ def as_found(
             domain.hypervisor.define(found.definition)
         domain.set_autostart(found.autostart)
         _compare(domain, found)
+    journal.remove()
+
+
+def leave_clone(domain: Domain, journal: Journal) -> None:
+    """Remove a throwaway machine, or leave it off where it holds states that are kept for people.
+
+    Raises:
+        MachineError: that failed; the journal stays.
+    """
+    if not journal.kept:
+        discard(domain, journal)
+        return
+    domain.destroy()
+    delete_ours(domain, journal)
     journal.remove()
 
 

@@ -150,8 +150,10 @@ class Savepoints:
 
     # lines
 
-    def go_on(self, state: State, holder: Hashable) -> None:
+    def go_on(self, state: State, holder: Hashable) -> bool:
         """Bring the machine to the line of a holder from a state; a new line starts at the state.
+
+        Returns whether it is a new one.
 
         Raises:
             MachineError: that failed, or the line could not be kept when it was left.
@@ -164,7 +166,7 @@ class Savepoints:
         if line.lost is not None:
             raise line.lost
         if self._line is line:
-            return
+            return False
         self._leave_line()
         if line.head:
             self.machine.go(line.head[0], as_kept=True)
@@ -172,6 +174,7 @@ class Savepoints:
             self.machine.go(state.snapshot)
         self.machine.touched()
         self._line, self._at, self._is_owing = line, state, False
+        return not line.head
 
     def end(self, holder: Hashable) -> None:
         """Let go of the lines of a holder, whose scope has ended."""

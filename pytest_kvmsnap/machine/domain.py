@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import threading
 import time
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_kvmsnap.errors import KvmsnapError, MachineError, RevertError, SnapshotError
 from pytest_kvmsnap.machine import domainxml
+from pytest_kvmsnap.machine.calls import Call
+from pytest_kvmsnap.machine.console import Console
 from pytest_kvmsnap.machine.domainxml import Snapshot
 from pytest_kvmsnap.machine.libvirt_api import Hypervisor, libvirt, libvirt_qemu
 
@@ -85,7 +88,8 @@ class Domain:
         self.name = name
         self.where = f"{name} at {hypervisor.uri}"
         self.agent_port: AgentPort | None = None
-        self.clients: list[Client] = []
+        self.console = Console(self)
+        self.clients: list[Client] = [self.console]
 
     def telling(
         self, what: str, kind: type[KvmsnapError] = MachineError
@@ -127,9 +131,9 @@ class Domain:
         with self.telling("cannot read the state"):
             return bool(self.raw.isActive())
 
-    def xml(self, *, inactive: bool = False) -> str:
-        """Return the live XML, or the persistent definition, secrets included."""
-        flags = libvirt.VIR_DOMAIN_XML_SECURE
+    def xml(self, *, inactive: bool = False, secrets: bool = True) -> str:
+        """Return the live XML, or the persistent definition."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE if secrets else 0
         if inactive:
             flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
         with self.telling("cannot read the definition"):
@@ -170,8 +174,10 @@ class Domain:
     # power
 
     def start(self) -> None:
+        self.console.boots()
         with self.telling("cannot start the machine"):
             self.raw.create()
+        self.console.listen()
 
     def resume(self) -> None:
         with self.telling("cannot resume the machine"):
@@ -217,12 +223,17 @@ class Domain:
         self.await_agent()
         flags = libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT if by_agent else 0
         booted = threading.Event()
+
+        def note(*_: object) -> None:
+            self.console.boots()
+            booted.set()
+
         what = "cannot reboot the machine"
         with self.telling(what):
             raw = self.raw
             connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
             watch = connection.domainEventRegisterAny(
-                raw, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, lambda *_: booted.set(), None
+                raw, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, note, None
             )
             try:
                 raw.reboot(flags)
@@ -361,7 +372,7 @@ class Domain:
             RevertError: it took too long.
         """
         self.hang_up()
-        call = _Call(revert)
+        call = Call(revert)
         if not call.ended_within(timeout):
             self.destroy()
             call.ended_within(30)
@@ -479,6 +490,22 @@ class Domain:
                     return found
         return []
 
+    def screenshot(self) -> tuple[bytes, str]:
+        """Return a picture of the first screen, and its kind: `png`, with QEMU before 7.1 `ppm`.
+
+        Raises:
+            MachineError: the machine is off or has no screen.
+        """
+        with self.telling("cannot take a picture of the screen"):
+            raw = self.raw
+            connection: libvirt.virConnect = raw.connect()  # type: ignore[no-untyped-call]
+            stream = connection.newStream()
+            kind: str = raw.screenshot(stream, 0)
+            picture = io.BytesIO()
+            stream.recvAll(lambda _stream, chunk, _: picture.write(chunk), None)
+            stream.finish()
+        return picture.getvalue(), "png" if kind == "image/png" else "ppm"
+
     def memory_in_use(self) -> int:
         """Return an upper bound of what a live snapshot writes for the memory, in bytes."""
         with self._tolerating("cannot ask how much memory is in use"):
@@ -487,42 +514,6 @@ class Domain:
             if resident:
                 return resident * 1024
         return domainxml.memory_bytes(self.xml())
-
-
-class _Call:
-    """A call in a thread of its own, since libvirt's calls can be waited for but not broken off."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._error: BaseException | None = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, name="libvirt-call", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._function()
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
-            self._error = error
-
-    def ended_within(self, timeout: float) -> bool:
-        """Wait; a Ctrl-C is kept until the call has ended, since nothing else can be done then.
-
-        So is what a signal raises else: pytest-timeout fails a test that way.
-        """
-        end = time.monotonic() + timeout
-        interrupt: BaseException | None = None
-        while self._thread.is_alive() and time.monotonic() < end:
-            try:
-                self._thread.join(end - time.monotonic())
-            except BaseException as raised:  # noqa: BLE001 - raised again below
-                interrupt = raised
-        if interrupt is not None:
-            raise interrupt
-        return not self._thread.is_alive()
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def _state_of(raw: libvirt.virDomain) -> str:

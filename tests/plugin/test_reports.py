@@ -228,7 +228,7 @@ def test_junit_tells_of_each_machine_of_a_test(suite: "Suite", host: "Host") -> 
     assert [name for name, _ in found["test_one"][0]] == ["mine", *names]
     assert found["test_without"] == [[]]
     for test in ("test_broken", "test_fails"):
-        assert [name for name, _ in found[test][0]] == names
+        assert [name for name, _ in found[test][0]] == ["kvmsnap_evidence", *names]
     assert [name for name, _ in found["test_two[other]"][0]] == names * 2
     assert {dict(found[test][0])["kvmsnap_machine"] for test in found if found[test][0]} == {
         "box",

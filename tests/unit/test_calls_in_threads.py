@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_kvmsnap.machine.domain import _Call
+from pytest_kvmsnap.machine.calls import Call
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def gate() -> Iterator[threading.Event]:
 
 def test_a_call_that_ends_is_done() -> None:
     done: list[int] = []
-    call = _Call(lambda: done.append(1))
+    call = Call(lambda: done.append(1))
     assert call.ended_within(60)
     call.raise_error()
     assert done == [1]
 
 
 def test_a_call_that_does_not_end_is_told_at_the_deadline(gate: threading.Event) -> None:
-    call = _Call(lambda: assert_opened(gate))
+    call = Call(lambda: assert_opened(gate))
     assert not call.ended_within(0.05)
     gate.set()
     assert call.ended_within(60)
@@ -41,7 +41,7 @@ def test_an_error_is_handed_to_the_callers_thread(error: BaseException) -> None:
     def fail() -> None:
         raise error
 
-    call = _Call(fail)
+    call = Call(fail)
     assert call.ended_within(60)
     with pytest.raises(type(error)) as caught:
         call.raise_error()
@@ -53,7 +53,7 @@ def test_what_a_signal_raises_is_kept_until_the_call_has_ended(
     gate: threading.Event, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
 ) -> None:
     """Ctrl-C, or pytest-timeout. A mock of `join`: a signal would have to hit the right moment."""
-    call = _Call(lambda: assert_opened(gate))
+    call = Call(lambda: assert_opened(gate))
     join = threading.Thread.join
     joins: list[float | None] = []
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import libvirt
 import pytest
 from localguest import WHERE
 from testdriver import disk
@@ -13,7 +12,6 @@ from testdriver import disk
 from pytest_kvmsnap.errors import AgentError, AgentLostError, NotReadyError
 from pytest_kvmsnap.guest import clock, ready
 from pytest_kvmsnap.guest.agent import Agent
-from pytest_kvmsnap.guest.console import ConsoleTail, console_tail
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 
@@ -144,89 +142,6 @@ def test_a_machine_that_goes_off_is_not_waited_for(box: Box, local_guest: "Local
     with pytest.raises(NotReadyError) as caught:
         ready.wait_ready(box.define(state="shut off"), "agent", 600)
     assert caught.value.why.startswith("the machine went off while it was booting (state: shut")
-
-
-# the console
-
-
-class Stream:
-    """A stream of libvirt's that has these chunks to give: bytes, -2 for "not yet", or an error."""
-
-    def __init__(self, *chunks: object) -> None:
-        self.chunks = list(chunks)
-        self.is_aborted = False
-
-    def recv(self, _: int) -> object:
-        chunk = self.chunks.pop(0) if self.chunks else -2
-        if isinstance(chunk, Exception):
-            raise chunk
-        return chunk
-
-    def abort(self) -> None:
-        self.is_aborted = True
-
-
-def tail(*chunks: object) -> ConsoleTail:
-    return ConsoleTail(None, Stream(*chunks))  # type: ignore[arg-type]
-
-
-def test_what_is_heard_is_kept() -> None:
-    console = tail(b"one\ntw", b"o\n", -2, b"three\n")
-    console.listen()
-    assert console.lines() == "one\ntwo"
-    console.listen()
-    assert console.lines() == "one\ntwo\nthree"
-
-
-@pytest.mark.parametrize("end", [b"", libvirt.libvirtError("it went off")])
-def test_a_console_that_ends_is_listened_to_no_more(end: object) -> None:
-    console = tail(b"one\n", end)
-    console.listen()
-    console.listen()
-    assert console.lines() == "one"
-
-
-def test_only_the_end_is_kept() -> None:
-    console = tail(*[b"x" * 4000 + b"\n"] * 10, b"last\n")
-    console.listen()
-    lines = console.lines().splitlines()
-    assert lines[-1] == "last"
-    assert sum(map(len, lines)) <= 8192
-
-
-def test_control_characters_and_broken_text_do_no_harm() -> None:
-    console = tail(b"\x1b[31mred\x1b[0m\r\n\n\xff\xc3\xbc\x00\n")
-    console.listen()
-    assert console.lines() == "[31mred[0m\n\ufffdü"
-
-
-def test_the_count_of_lines_is_limited() -> None:
-    console = tail(b"1\n2\n3\n4\n")
-    console.listen()
-    assert console.lines(2) == "3\n4"
-
-
-def test_a_log_that_is_gone_says_nothing(tmp_path: Path) -> None:
-    assert ConsoleTail(tmp_path / "nowhere", None).lines() == ""
-
-
-def test_a_console_that_somebody_else_has_open_is_left_alone(box: Box) -> None:
-    """The test driver opens no console at all: the same error for us."""
-    domain = box.define("<console type='pty'/>")
-    with console_tail(domain) as console:
-        console.listen()
-        assert console.lines() == ""
-
-
-def test_an_open_console_is_closed_at_the_end(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mock, since the test driver has no console."""
-    stream = Stream(b"login: ")
-    monkeypatch.setattr(libvirt.virConnect, "newStream", lambda *_: stream)
-    monkeypatch.setattr(libvirt.virDomain, "openConsole", lambda *_: 0)
-    with console_tail(box.define("<console type='pty'/>")) as console:
-        console.listen()
-        assert console.lines() == "login: "
-    assert stream.is_aborted
 
 
 # the clock

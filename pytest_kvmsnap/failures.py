@@ -1,0 +1,88 @@
+"""What is kept of machines when a test is over, before they are put back: evidence, states.
+
+pytest makes the report of a phase before it tears anything down, and before it enters the debugger;
+so the machine is still as the test left it.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_kvmsnap import run
+from pytest_kvmsnap.errors import KvmsnapError
+from pytest_kvmsnap.states import machines_after
+
+if TYPE_CHECKING:
+    from pytest_kvmsnap.lab.machine import Machine
+    from pytest_kvmsnap.report.evidence import Collector
+
+_FOLDER = "kvmsnap-results"
+_SECTION = "kvmsnap"
+EVIDENCE = "kvmsnap_evidence"
+KEPT = "kvmsnap_kept"
+
+
+def look(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Look at the machines of a test whose set-up or call is over."""
+    machines = machines_after(item, report)
+    if not machines:
+        return
+    if report.failed:
+        _collect(item, machines, report)
+    keep = run.settings_of(item.config).keep
+    is_over = report.failed or report.when == "call"
+    if (keep == "always" and is_over) or (keep == "on-failure" and report.failed):
+        for machine in machines:
+            _keep(item, machine, report)
+
+
+def _collect(item: pytest.Item, machines: "list[Machine]", report: pytest.TestReport) -> None:
+    from pytest_kvmsnap.report import evidence, html
+
+    folder_of_command = item.config.invocation_params.dir
+    base = run.settings_of(item.config).output or folder_of_command / _FOLDER
+    try:
+        folder = evidence.folder_for(base, item.nodeid)
+    except OSError as error:
+        report.sections.append((_SECTION, f"what the test left could not be collected: {error}"))
+        return
+    told = []
+    for machine in machines:
+        place = folder if len(machines) == 1 else folder / machine.domain.name
+        collected = _collect_of(item, machine, place)
+        told += [f"{machine.domain.name}: {', '.join(collected.files)}"]
+        told += [f"{machine.domain.name}: not collected: {note}" for note in collected.notes]
+        html.attach(item.config, report, collected)
+    shown = os.path.relpath(folder, folder_of_command)
+    item.user_properties.append((EVIDENCE, shown))
+    report.sections.append((_SECTION, "\n".join([f"what the test left is in {shown}", *told])))
+
+
+def _collect_of(item: pytest.Item, machine: "Machine", place: Path) -> "Collector":
+    from pytest_kvmsnap.report.evidence import Collector
+
+    place.mkdir(exist_ok=True)
+    collector = Collector(machine.domain.name, place)
+    collector.machine(machine.guest)
+    hook = item.config.hook.pytest_kvmsnap_collect
+    vm = machine.vm(machine.touched)
+    collector.attempt("pytest_kvmsnap_collect", partial(hook, vm=vm, item=item, folder=place))
+    collector.close()
+    return collector
+
+
+def _keep(item: pytest.Item, machine: "Machine", report: pytest.TestReport) -> None:
+    from pytest_kvmsnap.report import properties
+
+    try:
+        kept = machine.keep_for_people(item.nodeid)
+    except KvmsnapError as error:
+        told = f"the state of {machine.domain.name} could not be kept\n{error}"
+    else:
+        machine.ledger.kept.append(kept.snapshot)
+        properties.add(item, machine.domain.name, KEPT, kept.snapshot)
+        told = "\n".join(kept.lines())
+    report.sections.append((_SECTION, told))
