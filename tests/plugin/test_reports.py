@@ -131,6 +131,18 @@ def test_a_machine_in_quarantine_is_told_with_the_cause(
     assert [len(each["machines"]) for each in report(suite)["tests"]] == [1] * 3
 
 
+def test_kept_states_are_told_of_their_machine(suite: "Suite", host: "Host") -> None:
+    host.define(state="running")
+    suite.write("def test_one(vm): assert 0\ndef test_two(vm): pass")
+    result = suite.run("--kvmsnap-keep=on-failure", "--kvmsnap-report=report.json")
+    told = report(suite)
+    (kept,) = told["machines"][0]["kept"]
+    assert kept in host.look().snapshots
+    assert [each["machines"][0].get("kept") for each in told["tests"]] == [kept, None]
+    assert [bool(each.get("evidence")) for each in told["tests"]] == [True, False]
+    assert f"  kept: {kept}" in after_section(result)
+
+
 def test_quiet_runs_have_no_summary(suite: "Suite", host: "Host") -> None:
     host.define(state="running")
     suite.write(THREE_TESTS)
