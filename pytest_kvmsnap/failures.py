@@ -75,12 +75,15 @@ def _collect_of(item: pytest.Item, machine: "Machine", place: Path) -> "Collecto
 
 
 def _keep(item: pytest.Item, machine: "Machine", report: pytest.TestReport) -> None:
+    from pytest_kvmsnap.report import properties
+
     try:
         kept = machine.keep_for_people(item.nodeid)
     except KvmsnapError as error:
         told = f"the state of {machine.domain.name} could not be kept\n{error}"
     else:
-        item.user_properties.append((KEPT, kept.snapshot))
+        machine.ledger.kept.append(kept.snapshot)
+        properties.add(item, machine.domain.name, KEPT, kept.snapshot)
         told = (
             f"{machine.domain.name}: kept as the snapshot {kept.snapshot}; see the end of the run"
         )

@@ -2,13 +2,23 @@
 
 import contextlib
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.main import wrap_session
 from _pytest.skipping import evaluate_skip_marks, evaluate_xfail_marks
 
-from pytest_kvmsnap import failures, hooks, markers, plan, run, states, xdist
+from pytest_kvmsnap import (
+    failures,
+    hooks,
+    markers,
+    plan,
+    reporting,
+    results,
+    run,
+    states,
+    xdist,
+)
 from pytest_kvmsnap.errors import KvmsnapError
 from pytest_kvmsnap.settings import OPTIONS
 from pytest_kvmsnap.usage import uses_our_machine
@@ -117,6 +127,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """In the controller of pytest-xdist, listen to what its workers will tell."""
+    results.listen(node.config)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
     """In the controller of pytest-xdist, take what a worker handed over."""
     xdist.take_over(node)
@@ -127,7 +143,9 @@ def _check_machines(session: pytest.Session) -> None:
         return
     items = _tests_with_machines(session)
     if items:
-        run.check_machines(session.config, items)
+        reporting.check(session.config)
+        requests = run.check_machines(session.config, items)
+        reporting.begin(session.config, requests)
         states.states_of(session.config)
 
 
@@ -176,7 +194,9 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Leave the machines as they were found, after the last fixture is torn down."""
     config = session.config
-    is_well = run.close(config) and not plan.is_blocked(config) and not xdist.has_failed(config)
+    is_closed = run.close(config)
+    is_told = reporting.finish(config)
+    is_well = is_closed and is_told and not plan.is_blocked(config) and not xdist.has_failed(config)
     if not is_well and session.exitstatus in (
         pytest.ExitCode.OK,
         pytest.ExitCode.NO_TESTS_COLLECTED,
@@ -190,8 +210,8 @@ def pytest_terminal_summary(terminalreporter: "TerminalReporter") -> None:
     config = terminalreporter.config
     for problem in xdist.handed_over(config):
         terminalreporter.write_line(f"ERROR: {problem}", red=True)
-    words = run.closing_words(config)
+    words = [*reporting.closing_lines(config), *run.closing_words(config)]
     if words:
-        terminalreporter.section("pytest-kvmsnap")
+        terminalreporter.write_sep("=", "pytest-kvmsnap")
     for text in words:
         terminalreporter.write_line(text)

@@ -143,8 +143,10 @@ def told() -> Iterator[None]:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
-def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> list[Request]:
     """Check the machines that these tests will use, and convert their raw images.
+
+    Returns what the tests ask for.
 
     Raises:
         UsageProblem: something stands in the way.
@@ -155,7 +157,9 @@ def check_machines(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     if xdist.workers(config) > 1:
         held = [request.machine for scope, request in wanted if scope == "session"]
         lab.check_workers(held, xdist.workers(config))
-    lab.check(request for _, request in wanted)
+    requests = list(dict.fromkeys(request for _, request in wanted))
+    lab.check(requests)
+    return requests
 
 
 def _wanted_by(items: Sequence[pytest.Item], run_settings: Settings) -> list[tuple[str, Request]]:

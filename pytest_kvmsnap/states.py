@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kvmsnap import run
+from pytest_kvmsnap import reporting, run
 from pytest_kvmsnap.errors import ConnectionLostError
 from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
 from pytest_kvmsnap.preparations import (
@@ -30,6 +30,7 @@ from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.golden import Golden
+    from pytest_kvmsnap.lab.ledger import Ledger
     from pytest_kvmsnap.lab.machine import Machine
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
     from pytest_kvmsnap.pools import Pool
@@ -68,7 +69,12 @@ def states_of(config: pytest.Config) -> "_States":
     if _STATES not in config.stash:
         config.stash[_STATES] = states = _States(config)
         config.pluginmanager.register(states, "kvmsnap-states")
+        reporting.listen(config, _starts_of)
     return config.stash[_STATES]
+
+
+def _starts_of(item: pytest.Item) -> "dict[Ledger, str]":
+    return {machine.ledger: start for machine, start in _course_of(item).starts.items()}
 
 
 def machines_after(item: pytest.Item, report: pytest.TestReport) -> "list[Machine]":
@@ -77,7 +83,7 @@ def machines_after(item: pytest.Item, report: pytest.TestReport) -> "list[Machin
     if course is None:
         return []
     course.has_failed = report.failed
-    return course.machines
+    return list(course.starts)
 
 
 def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
@@ -124,20 +130,16 @@ class _Course:
     """What has happened in a test so far.
 
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts, and
-    `machines` all that it works on, in whatever state they are. `has_failed` tells that its set-up
-    or call did.
+    machines that `vm` gave, `entered` those that were brought to where the test starts. `starts`
+    are all that it works on, in whatever state they are, with the snapshots that it started from;
+    empty until that is known. `has_failed` tells that its set-up or call did.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
     entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
-    machines: "list[Machine]" = field(default_factory=list)
+    starts: "dict[Machine, str]" = field(default_factory=dict)
     has_failed: bool = False
-
-    def works_on(self, machine: "Machine") -> None:
-        if machine not in self.machines:
-            self.machines.append(machine)
 
 
 class _States:
@@ -216,7 +218,10 @@ class _States:
         return request_of(item, scope, run.settings_of(self._config))
 
     def _savepoints(self, request: Request) -> "Savepoints":
-        return run.lab_of(self._config).savepoints(request)
+        savepoints = run.lab_of(self._config).savepoints(request)
+        if self._item is not None:
+            _course_of(self._item).starts.setdefault(savepoints.machine, "")
+        return savepoints
 
     def clean_machine(self, item: pytest.Item) -> "VM":
         request = self.request(item, "function")
@@ -284,6 +289,7 @@ class _States:
         savepoints = self._savepoints(request)
         course = self._work_on(item, savepoints)
         state = self._state(item, request)
+        course.starts[savepoints.machine] = state.snapshot
         savepoints.start(state)
         vm = course.vms[request] = self._vm(savepoints)
         course.entered[request.machine] = savepoints
@@ -303,7 +309,7 @@ class _States:
 
     def _work_on(self, item: pytest.Item, savepoints: "Savepoints") -> "_Course":
         course = _course_of(item)
-        course.works_on(savepoints.machine)
+        course.starts.setdefault(savepoints.machine, "")
         savepoints.machine.used_by(item.nodeid)
         return course
 
@@ -325,6 +331,7 @@ class _States:
         savepoints = self._savepoints(request)
         course = self._work_on(item, savepoints)
         state = self._state(item, request)
+        course.starts[savepoints.machine] = state.snapshot
         is_new = savepoints.go_on(state, scope)
         course.entered[request.machine] = savepoints
         if is_new:
@@ -410,6 +417,7 @@ class _States:
             machines = {wanted: self._savepoints(wanted) for wanted in above}
             course = _course_of(item)
             for wanted, state in above.items():
+                course.starts[machines[wanted].machine] = state.snapshot
                 machines[wanted].start(state)
                 course.entered[wanted.machine] = machines[wanted]
                 self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(machines[wanted]))

@@ -17,9 +17,11 @@ from pytest_kvmsnap.settings import HOOK, Settings
 _OUTPUT = "kvmsnap_problem"
 _WORDS = "kvmsnap_words"
 _FAILED = "kvmsnap_failed"
+_ACCOUNT = "kvmsnap_account"
 _PROBLEMS = pytest.StashKey[list[str]]()
 _CLOSING = pytest.StashKey[list[str]]()
 _FAILURE = pytest.StashKey[bool]()
+_ACCOUNTS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -73,6 +75,11 @@ def hand_over_words(config: pytest.Config, words: list[str], *, failed: bool) ->
     _output(config)[_FAILED] = failed
 
 
+def hand_over_account(config: pytest.Config, account: dict[str, Any]) -> None:
+    """In a worker: give the controller what our machines cost, in lists, numbers and texts."""
+    _output(config)[_ACCOUNT] = account
+
+
 def _output(config: pytest.Config) -> dict[str, Any]:
     output: dict[str, Any] = getattr(config, "workeroutput")  # noqa: B009 - of pytest-xdist
     return output
@@ -88,6 +95,8 @@ def take_over(node: Any) -> None:
     node.config.stash.setdefault(_CLOSING, []).extend(output.get(_WORDS, []))
     if output.get(_FAILED):
         node.config.stash[_FAILURE] = True
+    if _ACCOUNT in output:
+        node.config.stash.setdefault(_ACCOUNTS, []).append(output[_ACCOUNT])
 
 
 def handed_over(config: pytest.Config) -> list[str]:
@@ -98,6 +107,11 @@ def handed_over(config: pytest.Config) -> list[str]:
 def words_of_workers(config: pytest.Config) -> list[str]:
     """In the controller: return what the workers would say at the end of the run."""
     return config.stash.get(_CLOSING, [])
+
+
+def accounts_of_workers(config: pytest.Config) -> list[dict[str, Any]]:
+    """In the controller: return what the machines of the workers cost."""
+    return config.stash.get(_ACCOUNTS, [])
 
 
 def has_failed(config: pytest.Config) -> bool:

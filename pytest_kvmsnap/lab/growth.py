@@ -16,6 +16,7 @@ class Growth:
         self._name = domain.name
         self._limit = limit
         self._before: dict[Path, int] = {}
+        self._told: set[Path] = set()
         for disk in domain.disks(inactive=True) if domain.hypervisor.is_local else ():
             if disk.is_snapshotted and disk.path is not None and disk.kind == "file":
                 space = _space(disk.path)
@@ -25,10 +26,10 @@ class Growth:
     def news(self, test: str) -> list[str]:
         """Return what to tell after a test: each image that grew beyond the limit, once."""
         lines = []
-        for path, before in list(self._before.items()):
-            grown = (_space(path) or 0) - before
+        for path, before in self._before.items():
+            grown = 0 if path in self._told else (_space(path) or 0) - before
             if grown > self._limit:
-                del self._before[path]
+                self._told.add(path)
                 lines.append(
                     f"{self._name}: its image {path} grew by {mib(grown)} since this run took the"
                     f" machine, as seen after {test}. Its snapshots hold memory and disk: those of"
@@ -37,6 +38,10 @@ class Growth:
                     f" raise --kvmsnap-growth-limit (now {mib(self._limit)})."
                 )
         return lines
+
+    def so_far(self) -> int:
+        """Return by how many bytes the images grew; one that shrank or went counts as none."""
+        return sum(max(0, (_space(path) or 0) - before) for path, before in self._before.items())
 
 
 def _space(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """Which test gets which machine: leases, from the first test to the end of the run."""
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from pytest_kvmsnap.lab.checks import Checks
 from pytest_kvmsnap.lab.clones import Clones
 from pytest_kvmsnap.lab.kept import Kept
 from pytest_kvmsnap.lab.lease import Lease, take_first_free
+from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.machine import Machine
 from pytest_kvmsnap.lab.outlook import Outlook
 from pytest_kvmsnap.lab.savepoints import Savepoints
@@ -27,6 +29,7 @@ from pytest_kvmsnap.lab.site import Site
 from pytest_kvmsnap.lab.voice import Voice
 from pytest_kvmsnap.lab.waiting import Wait, circle, is_to_yield, waited_for
 from pytest_kvmsnap.machine.domain import Domain
+from pytest_kvmsnap.machine.libvirt_api import About
 from pytest_kvmsnap.markers import Request
 from pytest_kvmsnap.pools import Pool
 from pytest_kvmsnap.settings import Settings
@@ -66,6 +69,16 @@ class Lab:
         self.grown: list[str] = []
         self.kept: list[Kept] = []
 
+    @property
+    def about(self) -> About | None:
+        """What the hypervisor said of itself, None before it was needed."""
+        return self._site.about
+
+    @property
+    def ledgers(self) -> Mapping[str, Ledger]:
+        """What machines cost that were ours, by name."""
+        return self._site.ledgers
+
     # before the first test
 
     def check(self, requests: Iterable[Request]) -> None:
@@ -92,6 +105,15 @@ class Lab:
                     cure=f"run with -n {len(domains)} at most, name {workers} machines (a pool), or"
                     " prepare the machine in module_vm",
                 )
+
+    def shown(self, machines: Iterable[str | Pool | Golden]) -> list[str]:
+        """Return machines as people know them, pools with how many there are."""
+        return [
+            f"{machine} ({len(self._site.members(machine))})"
+            if isinstance(machine, Pool)
+            else str(machine)
+            for machine in dict.fromkeys(machines)
+        ]
 
     def outlook(self, requests: Iterable[Request]) -> Outlook:
         """Look at all that tests will ask for, as `check` does; start and change nothing."""
@@ -169,12 +191,14 @@ class Lab:
             what = f"any of {', '.join(domain.name for domain in domains)}"
         settings = self._settings
         wait = Wait(what, settings.lock_timeout, self._voice.line, self._meanwhile(what))
+        begun = time.perf_counter()
         try:
             lease = take_first_free(list(leases.values()), wait)
         finally:
             self._wait_for([])
         uuid = next(uuid for uuid, each in leases.items() if each is lease)
         domain = next(domain for domain in domains if domain.uuid == uuid)
+        self._site.ledger(domain.name).waited(time.perf_counter() - begun)
         try:
             machine = self._machine(domain, lease, request.snapshot)
         except BaseException as error:
@@ -226,10 +250,14 @@ class Lab:
         journal = journals.load(lease.journal_path)
         if journal is not None and relay.can_be_taken_over(domain, journal, settings):
             self._checks.late_snapshot(domain, snapshot)
-            return Machine(domain, relay.taken_over(journal), settings, slots, tell)
-        cleanup.work_off(domain, lease, settings, self._voice.line)
-        self._checks.late(domain, lease, snapshot)
-        return Machine(domain, self._site.journal(domain, lease), settings, slots, tell)
+            journal = relay.taken_over(journal)
+        else:
+            cleanup.work_off(domain, lease, settings, self._voice.line)
+            self._checks.late(domain, lease, snapshot)
+            journal = self._site.journal(domain, lease)
+        ledger = self._site.ledger(domain.name)
+        ledger.image = ledger.image or _image_of(domain)
+        return Machine(domain, journal, settings, slots, tell, ledger=ledger)
 
     def current(self, request: Request) -> Savepoints | None:
         """Return the states of a machine if it is ours now."""
@@ -346,6 +374,7 @@ class Lab:
                 held.machine.close()
         except KvmsnapError as error:
             failure = error
+        held.machine.note_growth()
         held.lease.release()
         del self._held[key]  # only now: a Ctrl-C leaves it to the next call
         self._choose_no_more(key)
@@ -413,3 +442,9 @@ class Lab:
             if held.machine.domain.name == name:
                 return held.machine.domain
         return self._site.domain(name)
+
+
+def _image_of(domain: Domain) -> str:
+    """Return the path of the first image that snapshots of a machine are in."""
+    paths = [disk.path for disk in domain.disks(inactive=True) if disk.is_snapshotted]
+    return str(next(filter(None, paths), ""))

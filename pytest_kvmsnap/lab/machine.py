@@ -26,6 +26,7 @@ from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.lab.growth import Growth
 from pytest_kvmsnap.lab.journal import Clean, Journal
 from pytest_kvmsnap.lab.kept import Kept, description_for, name_for, surplus
+from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.slots import Slots
 from pytest_kvmsnap.machine import space
 from pytest_kvmsnap.machine.domain import Domain, Fingerprint
@@ -59,8 +60,11 @@ class Machine:
         settings: Settings,
         slots: Slots,
         tell: Callable[[str], None],
+        *,
+        ledger: Ledger,
     ) -> None:
         self.domain = domain
+        self.ledger = ledger
         self.unproven: list[str] = []
         self._journal = journal
         self._settings = settings
@@ -132,6 +136,10 @@ class Machine:
         """Return what to tell of images that grew, after the last test; each is told once."""
         return self._growth.news(self._journal.test)
 
+    def note_growth(self) -> None:
+        """Note by how much the images grew, once the machine is no more of use to us."""
+        self.ledger.growth += self._growth.so_far()
+
     # the way to a state
 
     def start_of(self, snapshot: str | None) -> str:
@@ -197,11 +205,13 @@ class Machine:
             MachineError: it did not get ready, or the snapshot could not be taken.
         """
         if self.domain.state() == "running":
-            self.guest.wait_ready()
+            with self.ledger.getting_ready():
+                self.guest.wait_ready()
             if self._settings.live:
                 self._plant()
             else:
-                self.domain.shutdown(_SHUTDOWN)
+                with self.ledger.taking():
+                    self.domain.shutdown(_SHUTDOWN)
         return self.keep_as_it_is(label)
 
     def keep_as_it_is(self, label: str) -> tuple[str, ...]:
@@ -275,7 +285,8 @@ class Machine:
     def _delete_forgotten(self) -> None:
         if not self._forgotten:
             return
-        restore.delete(self.domain, self._forgotten.__contains__)
+        with self.ledger.taking():
+            restore.delete(self.domain, self._forgotten.__contains__)
         if self._fast is not None:
             self._fast.deleted(self._forgotten)
         self._forgotten.clear()
@@ -353,6 +364,7 @@ class Machine:
             raise
         except KvmsnapError as error:
             self.failure = error
+            self.ledger.failed(error)
             raise
 
     def _despite_a_loss(self, act: Callable[[], _T]) -> _T:
@@ -371,7 +383,8 @@ class Machine:
         if self._journal.found_snapshot is None:
             self._go_on()
             if self._found.state == "running" and self._settings.live:
-                self.guest.wait_ready()
+                with self.ledger.getting_ready():
+                    self.guest.wait_ready()
                 self._journal.planted = self._takes_marks()
                 self._journal.save()
                 self._plant()
@@ -407,6 +420,11 @@ class Machine:
 
     def _take(self, name: str) -> None:
         """Take a snapshot of ours, announced in the journal first."""
+        with self.ledger.taking():
+            self._take_it(name)
+        self.ledger.snapshots += 1
+
+    def _take_it(self, name: str) -> None:
         space.check_space(self.domain)
         self.guest.ssh.hang_up()  # or the guest would have it open, and nobody here, for ever
         self._journal.taken.setdefault(name, "")
@@ -476,12 +494,21 @@ class Machine:
             self._revert_once(snapshot)
             self._run()
 
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        """Hold one of the host's slots for reverts and boots."""
+        with contextlib.ExitStack() as stack:
+            with self.ledger.waiting():
+                stack.enter_context(self._slots.one())
+            yield
+
     def _run(self) -> None:
-        with self._slots.one():
+        with self.ledger.getting_ready(), self._slot():
             if self.domain.state() == "paused":
                 self.domain.resume()
             else:
                 self.domain.start()
+                self.ledger.boots += 1
             self._stand = None
             self._arrive()
 
@@ -508,6 +535,10 @@ class Machine:
 
     def _revert(self, snapshot: str) -> None:
         """Revert with force and prove it."""
+        with self.ledger.reverting():
+            self._revert_and_prove(snapshot)
+
+    def _revert_and_prove(self, snapshot: str) -> None:
         self._stand = None
         self._is_halted = False
         self._marked = self._despite_a_loss(self._mark)
@@ -525,22 +556,26 @@ class Machine:
         self._stands_now_at(snapshot)
 
     def _revert_once(self, snapshot: str) -> None:
-        with self._slots.one():
+        with self.ledger.reverting(), self._slot():
             timeout = self._settings.revert_timeout
             if self._fast is not None and self._fast.revert(snapshot, timeout):
+                self.ledger.reverted(fast=True)
                 self._delete_forgotten()  # the test took none of its own, so these are all
             else:
                 restore.revert(self.domain, self._journal, snapshot, timeout)
+                self.ledger.reverted(fast=False)
                 restore.delete(self.domain, lambda name: name not in self._powers)
                 self._forgotten.clear()
             self._check_state(snapshot)
             if self._powers[snapshot] == "running":
-                self._arrive()
+                with self.ledger.getting_ready():
+                    self._arrive()
 
     def _plant(self) -> None:
         """Allocate the canary's block before a snapshot is taken."""
         if self._takes_marks():
-            Canary(self.guest.agent, self._journal.run).plant()
+            with self.ledger.taking():
+                Canary(self.guest.agent, self._journal.run).plant()
 
     def _mark(self) -> Canary | None:
         """Have the guest make the marks that a revert must wipe out; None when it cannot."""

@@ -7,17 +7,22 @@ from pathlib import Path
 from pytest_kvmsnap.errors import DomainNotFoundError
 from pytest_kvmsnap.lab.journal import Journal
 from pytest_kvmsnap.lab.lease import Lease
+from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.locks import folder_for, place_for
 from pytest_kvmsnap.lab.slots import Slots
 from pytest_kvmsnap.lab.voice import Voice
 from pytest_kvmsnap.machine.domain import Domain
-from pytest_kvmsnap.machine.libvirt_api import Hypervisor, connect
+from pytest_kvmsnap.machine.libvirt_api import About, Hypervisor, connect
 from pytest_kvmsnap.pools import Pool, is_pattern, matching
 from pytest_kvmsnap.settings import Settings
 
 
 class Site:
-    """One process at one hypervisor, which is connected to when it is first needed."""
+    """One process at one hypervisor, which is connected to when it is first needed.
+
+    `ledgers` are those of the machines that it had, by name. `about` is what the hypervisor said of
+    itself, None before it was needed.
+    """
 
     def __init__(self, settings: Settings, voice: Voice) -> None:
         self.settings = settings
@@ -25,11 +30,14 @@ class Site:
         self.run = secrets.token_hex(4)
         self._hypervisor: Hypervisor | None = None
         self._members: dict[Pool, list[Domain]] = {}
+        self.ledgers: dict[str, Ledger] = {}
+        self.about: About | None = None
 
     @property
     def hypervisor(self) -> Hypervisor:
         if self._hypervisor is None:
             self._hypervisor = connect(self.settings.uri)
+            self.about = self._hypervisor.about()
         return self._hypervisor
 
     @property
@@ -92,6 +100,10 @@ class Site:
     def lease(self, domain: Domain) -> Lease:
         """Return the lease of a machine, not yet taken."""
         return Lease.of(domain, self.folder)
+
+    def ledger(self, name: str) -> Ledger:
+        """Return the ledger of a machine, the same one each time that this process has it."""
+        return self.ledgers.setdefault(name, Ledger(name))
 
     def journal(self, domain: Domain, lease: Lease) -> Journal:
         """Return a new journal of this process on a machine, not yet saved."""

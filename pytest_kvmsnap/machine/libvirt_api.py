@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import libvirt
@@ -23,7 +23,7 @@ from pytest_kvmsnap.errors import (
     MachineError,
 )
 
-__all__ = ["NOTHING_YET", "Hypervisor", "connect", "is_alive", "libvirt", "libvirt_qemu"]
+__all__ = ["NOTHING_YET", "About", "Hypervisor", "connect", "is_alive", "libvirt", "libvirt_qemu"]
 
 NOTHING_YET = -2
 """What a stream that does not block says when there is nothing to be had, or no room."""
@@ -84,6 +84,15 @@ def _reason(error: libvirt.libvirtError) -> str:
 
 class _Refused(KvmsnapError):
     """libvirt did not do what may be left undone."""
+
+
+class About(NamedTuple):
+    """What a hypervisor is; a version that it does not tell is empty."""
+
+    uri: str
+    driver: str
+    libvirt: str
+    version: str  # of what the driver drives, such as QEMU
 
 
 class Hypervisor:
@@ -221,6 +230,12 @@ class Hypervisor:
         """The version of the libvirt there as it counts it: 9000000 is 9.0.0."""
         return self._asked("cannot ask for libvirt's version", lambda c: c.getLibVersion())
 
+    def about(self) -> About:
+        """Return what people are told of it. Never fails."""
+        connection = self._connection
+        ours, theirs = map(_version, (connection.getLibVersion, connection.getVersion))
+        return About(self.uri, self.kind, ours, theirs)
+
     def close(self) -> None:
         with contextlib.suppress(libvirt.libvirtError):
             self._connection.close()
@@ -301,6 +316,15 @@ class Hypervisor:
                 raise
             with self.telling(what):
                 return ask(self.connection)
+
+
+def _version(ask: Callable[[], int]) -> str:
+    """Return a version as people write it: 9000000 is 9.0.0."""
+    try:
+        number = ask()
+    except libvirt.libvirtError:
+        return ""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 def connect(uri: str | None) -> Hypervisor:

@@ -454,7 +454,7 @@ def test_each_revert_is_proven_by_the_guest(
     assert guest.planted == 1
     assert guest.looks == 3
     assert guest.removed == (1 if state == "running" else 0)
-    assert "=== pytest-kvmsnap" not in result.stdout.str()
+    assert "by power state" not in result.stdout.str()
     assert host.look() == before
 
 
@@ -498,7 +498,7 @@ def test_verify_state_asks_the_guest_for_nothing(
     result = suite.run("--kvmsnap-verify=state")
     result.assert_outcomes(passed=4)
     assert (guest.planted, guest.looks, guest.removed) == (0, 0, 0)
-    assert "=== pytest-kvmsnap" not in result.stdout.str()
+    assert "by power state" not in result.stdout.str()
 
 
 def test_a_guest_that_never_gets_ready_is_told_and_quarantined(

@@ -46,7 +46,8 @@ def test_growth_is_told_once_and_again_at_the_end(
     for line in told:
         assert "test_large. Its snapshots hold memory and disk" in line
         assert line.endswith("raise --kvmsnap-growth-limit (now 1.0 MiB).")
-    result.stdout.fnmatch_lines(["*test_large*", "kvmsnap: box: *", "*test_more*", "box: *"])
+    result.stdout.fnmatch_lines(["*test_large*", "kvmsnap: box: *", "*test_more*", "box: its *"])
+    assert "  growth of its images: 2.5 MiB" in result.outlines
 
 
 def test_growth_within_the_limit_is_not_told(suite: "Suite", host: "Host", image: Path) -> None:
@@ -74,7 +75,7 @@ def test_each_image_is_told_for_itself(suite: "Suite", host: "Host", image: Path
     suite.write(TESTS.format(path=str(image)) + f"\ndef test_others(vm):\n{grown}")
     result = suite.run("--kvmsnap-growth-limit=1 MiB")
     result.assert_outcomes(passed=4)
-    told = [line.split(" grew")[0] for line in result.outlines if line.startswith("box: ")]
+    told = [line.split(" grew")[0] for line in result.outlines if line.startswith("box: its")]
     assert told == [f"box: its image {each}" for each in (image, other)]
 
 

@@ -345,7 +345,7 @@ def test_another_machine_serves_after_one_failed(
     used = (suite.pytester.path / "used").read_text().split()
     assert used == ["web-1", "web-2", "web-2", "web-2"]
     result.stdout.fnmatch_lines(["*cannot revert web-1*"])
-    result.stdout.no_fnmatch_line("*quarantine*")
+    result.stdout.no_fnmatch_line("*in quarantine, since*")
     assert web.look("web-2").snapshots == ()
 
 

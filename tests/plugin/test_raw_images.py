@@ -92,7 +92,7 @@ def test_a_second_run_has_nothing_to_do(suite: "Suite", host: "Host", image: Ima
     made = image.qcow2.stat()
     result = suite.run()
     result.assert_outcomes(passed=1)
-    assert "kvmsnap:" not in result.stdout.str()
+    assert "converted" not in result.stdout.str()
     assert image.qcow2.stat() == made
 
 
@@ -155,7 +155,7 @@ def test_all_machines_are_converted_in_one_go_and_each_is_switched_once(
     for each in (image, data, other):
         each.assert_converted()
     told = [line.split(" ")[1] for line in result.outlines if line.startswith("kvmsnap:")]
-    assert told == ["converted", "converted", "back", "converted", "back"]
+    assert told == ["converted", "converted", "back", "converted", "back", suite.uri]
     assert suite.left_over() == []
 
 

@@ -158,6 +158,8 @@ def test_reverts_inside_qemu(machine: Machine, suite: Suite) -> None:
     result = suite.run(f"--kvmsnap-domain={machine.name}", FAST, "-k", "not reboots")
     result.assert_outcomes(passed=6, deselected=1)
     assert suite.calls(machine, "revert", "load") == ["load kvmsnap-found"] * 6
+    told = f"{machine.name}: 6 tests, 1 snapshot, 6 reverts (6 fast), clean in *"
+    result.stdout.fnmatch_lines(["kvmsnap: qemu:* (libvirt *, QEMU *), machines: *", told])
     assert BY_FORCE not in result.stdout.str()
     assert (machine.state, machine.snapshots) == ("running", [])
     assert (machine.lab.folder / "run" / "qemu" / f"{machine.name}.pid").read_text() == pid

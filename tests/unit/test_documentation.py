@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import pytest_kvmsnap
-from pytest_kvmsnap import VM, Disk, Snapshot, fixtures, hooks, markers, plugin, settings
+from pytest_kvmsnap import VM, Disk, Snapshot, fixtures, hooks, markers, plugin, results, settings
 from pytest_kvmsnap.guest import canary
 from pytest_kvmsnap.lab import locks
 from pytest_kvmsnap.settings import OPTIONS
@@ -22,6 +22,7 @@ from pytest_kvmsnap.settings import OPTIONS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 STATES = (ROOT / "docs" / "states.md").read_text()
+REPORTS = (ROOT / "docs" / "reports.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(pytest_kvmsnap.__file__).parent
@@ -116,6 +117,11 @@ def test_no_option_is_named_that_there_is_not(added: Parser, text: str) -> None:
     flags = set(re.findall(r"--kvmsnap-[a-z]+(?:-[a-z]+)*", text))
     assert flags - added.flags == set()
     assert set(re.findall(r"\bkvmsnap_[a-z_]+", text)) - added.ini == set()
+
+
+def test_properties_of_tests_are_those_that_are_told(added: Parser) -> None:
+    assert set(re.findall(r"\bkvmsnap_[a-z_]+", REPORTS)) == results.NAMES
+    assert set(re.findall(r"--kvmsnap-[a-z]+(?:-[a-z]+)*", REPORTS)) - added.flags == set()
 
 
 def test_option_values_that_are_named_are_allowed() -> None:
