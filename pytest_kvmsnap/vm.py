@@ -4,13 +4,16 @@ import contextlib
 import itertools
 import os
 import secrets
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
 from pytest_kvmsnap.guest.guest import Guest
+from pytest_kvmsnap.guest.output import run_whole
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot
@@ -177,10 +180,14 @@ class VM:
         A string goes to the guest's shell, a list is executed as it is. `env` is added to the
         agent's environment. With `text=False` input and output are bytes.
 
+        Output may be of any length with `text=False`, else 7.5 MiB of both streams together.
+
         Raises:
             subprocess.CalledProcessError: `check` is given and the status is not 0.
-            subprocess.TimeoutExpired: it took more than `timeout` seconds; it was killed.
-            AgentError: the agent did not answer, or could not start it.
+            subprocess.TimeoutExpired: it took more than `timeout` seconds; it was killed, with all
+                that descends from it.
+            AgentError: the agent could not start it, or does not tell any more how it ended: it
+                ended the agent, the guest or the machine.
         """
         __tracebackhide__ = True
         shown = command if isinstance(command, str) else list(command)
@@ -199,7 +206,8 @@ class VM:
             ]
             stdin = None
         try:
-            done = self._agent.run(argv, stdin=stdin, timeout=timeout)
+            run = self._agent.run if text else partial(run_whole, self._agent)
+            done = run(argv, stdin=stdin, timeout=timeout, shown=_shown(command))
         except subprocess.TimeoutExpired:
             raise subprocess.TimeoutExpired(shown, timeout) from None
         out, err = (
@@ -253,6 +261,10 @@ class VM:
 
 def _name(snapshot: str | Snapshot) -> str:
     return snapshot if isinstance(snapshot, str) else snapshot.name
+
+
+def _shown(command: str | Sequence[str]) -> str:
+    return command if isinstance(command, str) else shlex.join(command)
 
 
 def _argv(

@@ -89,7 +89,7 @@ def test_a_timeout_is_told_even_if_the_command_cannot_be_killed(
     start = agent._start
     started: list[object] = []
 
-    def start_once(*args: object) -> int:
+    def start_once(*args: object, **more: object) -> int:
         if started:
             raise AgentError("no more")
         started.append(args)
@@ -106,7 +106,7 @@ def test_truncated_output_is_an_error(agent: Agent, local_guest: "LocalGuest", k
         "guest-exec": {"pid": 7},
         "guest-exec-status": {"exited": True, "exitcode": 0, "out-data": "eA==", key: True},
     }
-    with pytest.raises(AgentError, match="the output of dmesg is longer than") as caught:
+    with pytest.raises(AgentError, match=r"longer than the guest agent keeps .*: dmesg") as caught:
         agent.run(["dmesg"])
     assert caught.value.where == WHERE
     assert "vm.get" in caught.value.cure
@@ -130,7 +130,6 @@ def test_a_command_without_a_status_at_all_did_not_succeed(
         ("The command guest-exec has not been found", "block-rpcs, allow-rpcs"),
         ("QEMU guest agent is not connected", "is qemu-guest-agent installed and running"),
         ("argument unsupported: QEMU guest agent is not configured", "org.qemu.guest_agent.0"),
-        ("Guest agent is not responding: timed out", "is qemu-guest-agent installed and running"),
         ("Guest agent command failed: Input/output error", ""),
     ],
 )
