@@ -89,7 +89,7 @@ class Clones:
         with _undone_if_it_fails(domain, journal, lease):
             journal.save()
             clone.make(domain, golden, self.base(golden), journal.clone)
-            machine = Machine(domain, journal, site.settings, site.slots, site.voice.line)
+            machine = Machine(domain, journal, site.settings, site.slots, site.voice)
             return machine, lease
 
     def _name(self, golden: Golden) -> str:

@@ -214,14 +214,14 @@ class Lab:
 
     def _machine(self, domain: Domain, lease: Lease, snapshot: str | None) -> Machine:
         """Return a machine that was just leased, with what others left put right."""
-        settings, slots, tell = self._settings, self._site.slots, self._voice.line
+        settings, slots, voice = self._settings, self._site.slots, self._voice
         journal = journals.load(lease.journal_path)
         if journal is not None and relay.can_be_taken_over(domain, journal, settings):
             self._checks.late_snapshot(domain, snapshot)
-            return Machine(domain, relay.taken_over(journal), settings, slots, tell)
+            return Machine(domain, relay.taken_over(journal), settings, slots, voice)
         cleanup.work_off(domain, lease, settings, self._voice.line)
         self._checks.late(domain, lease, snapshot)
-        return Machine(domain, self._site.journal(domain, lease), settings, slots, tell)
+        return Machine(domain, self._site.journal(domain, lease), settings, slots, voice)
 
     def current(self, request: Request) -> Savepoints | None:
         """Return the states of a machine if it is ours now."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_kvmsnap.errors import AgentError
-from pytest_kvmsnap.guest.agent import CHUNK, Agent, Finished
+from pytest_kvmsnap.guest.agent import CHUNK, READ, Agent, Finished
 
 if TYPE_CHECKING:
     from localguest import LocalGuest
@@ -160,7 +160,7 @@ def test_a_ping_tells_whether_the_agent_is_there(
 
 # files
 
-SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, READ, 2 * READ + 7]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -171,7 +171,7 @@ def test_a_file_of_any_size_is_read(
     (tmp_path / "file").write_bytes(data)
     chunks = list(agent.read(str(tmp_path / "file")))
     assert b"".join(chunks) == data
-    assert all(len(chunk) <= CHUNK for chunk in chunks)
+    assert all(len(chunk) <= READ for chunk in chunks)
     assert local_guest.open_files == 0
 
 
@@ -223,7 +223,7 @@ def test_a_file_is_closed_when_reading_fails(
 def test_a_file_is_closed_when_its_reader_stops_halfway(
     agent: Agent, local_guest: "LocalGuest", tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_bytes(bytes(3 * CHUNK))
+    (tmp_path / "file").write_bytes(bytes(3 * READ))
     chunks = agent.read(str(tmp_path / "file"))
     next(chunks)
     chunks.close()  # type: ignore[attr-defined] # it is a generator
