@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
+import libvirt_qemu
 import pytest
 from localguest import WHERE, LocalGuest, NoDomain
 
@@ -93,7 +94,7 @@ def test_a_guest_that_hangs_is_asked_no_longer_than_the_command_may_take(
     asked = dict(zip(local_guest.log, local_guest.timeouts, strict=True))
     assert asked["guest-exec-status"] == 3 + 10
     assert asked["guest-ping"] <= 5
-    assert lost(agent, timeout=600)
+    lost(agent, timeout=600)
     assert max(local_guest.timeouts) == 30
 
 
@@ -117,9 +118,7 @@ def test_an_agent_that_libvirt_does_not_see_for_a_moment_costs_nothing(
             raise libvirt.libvirtError(GONE)
         return answer(domain, request, timeout, flags)
 
-    from pytest_kvmsnap.guest import agent as agents
-
-    monkeypatch.setattr(agents.libvirt_qemu, "qemuAgentCommand", answer_late)
+    monkeypatch.setattr(libvirt_qemu, "qemuAgentCommand", answer_late)
     no_domain.seen = [False, False, True]
     assert agent.run(["echo", "out"]) == Finished(0, b"out\n", b"")
     assert refused
