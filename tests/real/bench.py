@@ -202,7 +202,11 @@ class Maker:
         self.made: list[Machine] = []
 
     def __call__(
-        self, disk_format: str = "qcow2", agent: bool = True, console_log: Path | None = None
+        self,
+        disk_format: str = "qcow2",
+        agent: bool = True,
+        console_log: Path | None = None,
+        memory_mib: int = 128,
     ) -> Machine:
         name = f"m{next(self.numbers)}"
         disk = self._lab.add_machine(
@@ -211,6 +215,7 @@ class Maker:
             disk_format=disk_format,
             agent=agent,
             console_log=console_log,
+            memory_mib=memory_mib,
         )
         self.made.append(Machine(self._lab, name, disk))
         return self.made[-1]
