@@ -125,13 +125,13 @@ def voice(config: pytest.Config) -> "Voice":
                 terminal.ensure_newline()
                 terminal.write_line(f"kvmsnap: {text}")
 
-    def progress(percent: float) -> None:
+    def show(what: str, percent: float) -> None:
         if terminal is not None and terminal.isatty:
             with _uncaptured(config):
-                terminal.rewrite(f"kvmsnap: converting raw images {percent:3.0f} %", erase=True)
+                terminal.rewrite(f"kvmsnap: {what} {percent:3.0f} %", erase=True)
                 sys.stdout.flush()
 
-    return Voice(line, progress)
+    return Voice(line, show)
 
 
 @contextlib.contextmanager

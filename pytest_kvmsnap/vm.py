@@ -4,20 +4,28 @@ import contextlib
 import itertools
 import os
 import secrets
+import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_kvmsnap.errors import AgentError, ConfigError
+from pytest_kvmsnap.guest import files
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
 from pytest_kvmsnap.guest.console import Console
 from pytest_kvmsnap.guest.guest import Guest
+from pytest_kvmsnap.guest.output import run_whole
 from pytest_kvmsnap.guest.ssh import Ssh
 from pytest_kvmsnap.machine import images
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.domainxml import Snapshot
 from pytest_kvmsnap.machine.images import Disk
 from pytest_kvmsnap.machine.libvirt_api import libvirt
+
+if TYPE_CHECKING:
+    from pytest_kvmsnap.guest.testinfra import Host
 
 _NUMBERS = itertools.count(1)  # of snapshots without a name, over all objects of this process
 
@@ -39,6 +47,7 @@ class VM:
         description: str,
         on_use: Callable[[], None] = lambda: None,
         on_snapshot: Callable[[str], None] = lambda _: None,
+        show: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         domain = guest.domain
         self.name = domain.name
@@ -50,6 +59,8 @@ class VM:
         self._on_use = on_use
         self._on_snapshot = on_snapshot
         self._console: Console | None = None
+        self._show = show
+        self._host: Host | None = None
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} at {self.uri}>"
@@ -174,6 +185,7 @@ class VM:
         """Revert to a snapshot, with force; a machine that runs then is ready, its clock set."""
         self._domain.end_block_jobs()
         self._domain.revert(_name(snapshot), self._revert_timeout)
+        self._host = None  # it keeps what it found out about the system
         if self.state == "running":
             self.wait_ready()
             self._guest.set_clock()
@@ -218,10 +230,14 @@ class VM:
         A string goes to the guest's shell, a list is executed as it is. `env` is added to the
         agent's environment. With `text=False` input and output are bytes.
 
+        Output may be of any length with `text=False`, else 7.5 MiB of both streams together.
+
         Raises:
             subprocess.CalledProcessError: `check` is given and the status is not 0.
-            subprocess.TimeoutExpired: it took more than `timeout` seconds; it was killed.
-            AgentError: the agent did not answer, or could not start it.
+            subprocess.TimeoutExpired: it took more than `timeout` seconds; it was killed, with all
+                that descends from it.
+            AgentError: the agent could not start it, or does not tell any more how it ended: it
+                ended the agent, the guest or the machine.
         """
         __tracebackhide__ = True
         shown = command if isinstance(command, str) else list(command)
@@ -240,7 +256,8 @@ class VM:
             ]
             stdin = None
         try:
-            done = self._agent.run(argv, stdin=stdin, timeout=timeout)
+            run = self._agent.run if text else partial(run_whole, self._agent)
+            done = run(argv, stdin=stdin, timeout=timeout, shown=_shown(command))
         except subprocess.TimeoutExpired:
             raise subprocess.TimeoutExpired(shown, timeout) from None
         out, err = (
@@ -265,6 +282,22 @@ class VM:
         """
         return self._guest.ip_address()
 
+    @property
+    def host(self) -> "Host":
+        """testinfra's `Host` of the guest, over the guest agent: neither network nor keys.
+
+        It keeps what it finds out about the system, as testinfra does: after `revert` there is a
+        new one. `vm.host.run` takes a `timeout` as `run` does.
+
+        Raises:
+            ConfigError: pytest-testinfra is not installed.
+        """
+        from pytest_kvmsnap.guest.testinfra import host_of
+
+        if self._host is None:
+            self._host = host_of(self.name, lambda: self._agent)
+        return self._host
+
     def read_bytes(self, path: str) -> bytes:
         """Return the content of a file in the guest."""
         __tracebackhide__ = True
@@ -288,25 +321,34 @@ class VM:
     def put(self, local: str | os.PathLike[str], remote: str) -> None:
         """Copy a file of any size into the guest, with its mode."""
         __tracebackhide__ = True
-        with Path(local).open("rb") as source:
-            self._agent.write(remote, iter(lambda: source.read(CHUNK), b""))
-        mode = Path(local).stat().st_mode & 0o7777
-        with contextlib.suppress(AgentError):  # a guest without chmod has no modes either
-            self._agent.run(["chmod", f"{mode:o}", remote])
+        with self._copying(f"{local} to {remote} in the guest"):
+            files.put(self._agent, Path(local), remote, self._show)
 
     def get(self, remote: str, local: str | os.PathLike[str]) -> None:
-        """Copy a file of any size out of the guest."""
+        """Copy a file of any size out of the guest, with its mode.
+
+        `local` is replaced once all of it is there, and left alone if that fails.
+        """
         __tracebackhide__ = True
-        chunks = self._agent.read(remote)
-        first = next(chunks, b"")  # a file that is not there leaves none here
-        with Path(local).open("wb") as target:
-            target.write(first)
-            for chunk in chunks:
-                target.write(chunk)
+        with self._copying(f"{remote} in the guest to {local}"):
+            files.get(self._agent, remote, Path(local), self._show)
+
+    @contextlib.contextmanager
+    def _copying(self, what: str) -> Iterator[None]:
+        __tracebackhide__ = True
+        try:
+            yield
+        except AgentError as error:
+            error.what = f"cannot copy {what}: {error.what}"
+            raise
 
 
 def _name(snapshot: str | Snapshot) -> str:
     return snapshot if isinstance(snapshot, str) else snapshot.name
+
+
+def _shown(command: str | Sequence[str]) -> str:
+    return command if isinstance(command, str) else shlex.join(command)
 
 
 def _argv(

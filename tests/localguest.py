@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import itertools
 import json
 import subprocess
+import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -16,6 +18,22 @@ from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
 
 WHERE = "box at test:///default"
+
+
+class _Reader(threading.Thread):
+    """Reads what a command says while it runs, as the agent does: a pipe holds 64 KiB."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        super().__init__(daemon=True)
+        assert stream is not None
+        self._stream = stream
+        self.data = b""
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed at the end of the test
+            self.data = self._stream.read()
+            self._stream.close()
 
 
 class LocalGuest:
@@ -33,6 +51,7 @@ class LocalGuest:
         self.replies: dict[str, Any] = {}
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._files: dict[int, IO[bytes]] = {}
+        self._outputs: dict[int, list[_Reader]] = {}
 
     @property
     def open_files(self) -> int:
@@ -78,13 +97,15 @@ class LocalGuest:
             process.stdin.close()
         process.stdin = None
         self.processes[process.pid] = process
+        self._outputs[process.pid] = [_Reader(process.stdout), _Reader(process.stderr)]
         return {"pid": process.pid}
 
     def _guest_exec_status(self, pid: int) -> dict[str, Any]:
         process = self.processes[pid]
-        if process.poll() is None:
+        readers = self._outputs[pid]
+        if process.poll() is None or any(reader.is_alive() for reader in readers):
             return {"exited": False}
-        out, err = process.communicate()
+        out, err = (reader.data for reader in readers)
         status: dict[str, Any] = {"exited": True}
         if process.returncode < 0:
             status["signal"] = -process.returncode
@@ -121,7 +142,9 @@ class LocalGuest:
             file.close()
         for process in self.processes.values():
             process.kill()
-            process.communicate()
+            process.wait()
+        for reader in itertools.chain(*self._outputs.values()):
+            reader.join(timeout=5)
 
 
 @pytest.fixture
@@ -133,15 +156,39 @@ def local_guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalGuest]:
 
 
 class NoDomain(Domain):
-    """A machine that is not there; its guest is asked nevertheless."""
+    """A machine that is not there; its guest is asked nevertheless.
+
+    `states` are what it is found in, one after the other, the last one for good; `seen` is whether
+    libvirt sees its agent, likewise.
+    """
 
     raw = None  # type: ignore[assignment]
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.states = ["running"]
+        self.seen = [True]
+
+    def state(self) -> str:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def is_active(self) -> bool:
+        return self.states[0] != "shut off"
+
+    def sees_agent(self) -> bool:
+        return self.seen.pop(0) if len(self.seen) > 1 else self.seen[0]
+
 
 @pytest.fixture
-def agent(local_guest: LocalGuest) -> Iterator[Agent]:
-    """The agent of a machine whose guest is this computer."""
+def no_domain(local_guest: LocalGuest) -> Iterator[NoDomain]:
+    """The machine whose guest is this computer."""
     assert local_guest
     hypervisor = connect("test:///default")
-    yield Agent(NoDomain(hypervisor, "", "box"))
+    yield NoDomain(hypervisor, "", "box")
     hypervisor.close()
+
+
+@pytest.fixture
+def agent(no_domain: NoDomain) -> Agent:
+    """The agent of that machine."""
+    return Agent(no_domain)

@@ -7,18 +7,25 @@ The protocol: https://qemu.readthedocs.io/en/latest/interop/qemu-ga-ref.html. li
 import base64
 import contextlib
 import json
+import math
+import shlex
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pytest_kvmsnap.errors import AgentError
+from pytest_kvmsnap.guest import fate
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import libvirt_qemu
 
 # Bytes in one message. With 256 KiB (base64: 350,000 characters) a write never gets through and
 # the agent is lost to libvirt from then on; 128 KiB works and is no faster (libvirt 9.0, measured).
 CHUNK = 64 * 1024
+# Reads are answers, which may be longer: 10 MiB took 2.0 to 3.1 s in parts of 512 KiB and 2.2 to
+# 3.8 s in parts of 64 KiB, and more of 3 MiB again (the same).
+READ = 512 * 1024
 # What libvirt says from then on when its connection to the agent broke, or something that is no
 # JSON came through it; a new QEMU process or a restart of the agent in the guest ends that. The end
 # of the QEMU before can break it too, when the new one is there already (libvirt's
@@ -30,6 +37,14 @@ _NOT_YET = "agent is not connected"
 _NEW = 5.0  # seconds for that
 _PING = 5  # seconds
 _POLL = (0.003, 0.05)  # seconds between looks at a running command: at first, at most
+_ANSWER = 30  # seconds for an answer
+_GRACE = 10  # seconds for the last answer, once a command's time is up
+_KILLING = 10  # seconds
+# What libvirt says when it stopped waiting for an answer, or the agent went while it did; of a
+# refusal it says the agent's own words.
+_LOSS = "not responding"
+# libvirt takes no answer of more than 10 MiB, and has lost the agent after one (9.0, measured).
+_TOO_LONG = "No complete agent response"
 
 # Kills a process and all that descend from it. The agent starts commands in its own process
 # group, so there is no group to kill. The name, which may hold blanks, ends at the last ")".
@@ -71,7 +86,7 @@ class Agent:
         return None
 
     def command(
-        self, name: str, arguments: Mapping[str, object] | None = None, *, timeout: int = 30
+        self, name: str, arguments: Mapping[str, object] | None = None, *, timeout: int = _ANSWER
     ) -> Any:
         """Send one command and return its answer.
 
@@ -138,27 +153,60 @@ class Agent:
         stdin: bytes | None = None,
         environment: Sequence[str] | None = None,
         timeout: float = 60,
+        shown: str | None = None,
     ) -> Finished:
         """Run a command in the guest and wait for it. No shell is involved.
 
+        `shown` is how errors name it, should the caller know better.
+
         Raises:
-            AgentError: it could not be started, or its output was too long for the agent.
-            subprocess.TimeoutExpired: it took more than `timeout` seconds and was killed.
+            AgentError: it could not be started, its output was too long, or it was lost: the agent,
+                the guest or the machine went from under it.
+            subprocess.TimeoutExpired: it took more than `timeout` seconds and was killed, with all
+                that descends from it. What parted from it, as daemons do, goes on.
         """
-        pid = self._start(command, stdin, environment)
-        status = self._wait(pid, timeout)
+        began = time.monotonic()
+        shown = textwrap.shorten(shown or shlex.join(command), 200, placeholder=" …")
+        try:
+            pid = self._start(command, stdin, environment)
+        except AgentError as error:
+            if _LOSS in error.why and _NOT_YET not in error.why and LOST not in error.why:
+                raise fate.told(self._domain, self, shown, began, error) from None
+            raise
+        status = self._waited_for(shown, pid, began, timeout)
         if status is None:
             with contextlib.suppress(AgentError):
-                self._wait(self._start(["/bin/sh", "-c", _KILL, "sh", str(pid)]), 10)
+                kill = ["/bin/sh", "-c", _KILL, "sh", str(pid)]
+                self._wait(self._start(kill, timeout=_KILLING), _KILLING)
             raise subprocess.TimeoutExpired(list(command), timeout)
-        return self._finished(command, status)
+        return self._finished(shown, status)
+
+    def _waited_for(
+        self, shown: str, pid: int, began: float, timeout: float
+    ) -> Mapping[str, Any] | None:
+        """Wait for a command as `_wait` does, over a time in which libvirt does not see the agent.
+
+        Raises:
+            AgentError: it was lost; what became of it and of the machine.
+        """
+        while True:
+            try:
+                return self._wait(pid, began + timeout - time.monotonic())
+            except AgentError as error:
+                if _TOO_LONG in error.why:
+                    raise self._too_long(shown, "libvirt takes (7.5 MiB)") from None
+                if self._domain.sees_agent() or not fate.comes_back(self._domain):
+                    raise fate.told(self._domain, self, shown, began, error) from None
 
     def _wait(self, pid: int, timeout: float) -> Mapping[str, Any] | None:
         """Return the last status of a command, None when it still runs after `timeout` seconds."""
         end = time.monotonic() + timeout
         pause, longest = _POLL
         while True:
-            status: Mapping[str, Any] = self.command("guest-exec-status", {"pid": pid})
+            left = max(0, math.ceil(end - time.monotonic()))
+            status: Mapping[str, Any] = self.command(
+                "guest-exec-status", {"pid": pid}, timeout=min(_ANSWER, left + _GRACE)
+            )
             if status["exited"]:
                 return status
             if time.monotonic() > end:
@@ -171,6 +219,8 @@ class Agent:
         command: Sequence[str],
         stdin: bytes | None = None,
         environment: Sequence[str] | None = None,
+        *,
+        timeout: int = _ANSWER,
     ) -> int:
         arguments: dict[str, object] = {
             "path": command[0],
@@ -181,21 +231,29 @@ class Agent:
             arguments["input-data"] = base64.b64encode(stdin).decode()
         if environment is not None:
             arguments["env"] = list(environment)
-        pid: int = self.command("guest-exec", arguments)["pid"]
+        pid: int = self.command("guest-exec", arguments, timeout=timeout)["pid"]
         return pid
 
-    def _finished(self, command: Sequence[str], status: Mapping[str, Any]) -> Finished:
+    def _finished(self, shown: str, status: Mapping[str, Any]) -> Finished:
         if status.get("out-truncated") or status.get("err-truncated"):
-            raise AgentError(
-                f"the output of {command[0]} is longer than the guest agent keeps (16 MiB)",
-                where=self._domain.where,
-                cure="write it to a file in the guest and fetch that with vm.get",
-            )
+            raise self._too_long(shown, "the guest agent keeps (16 MiB)")
         code = status["exitcode"] if "exitcode" in status else -int(status.get("signal", 1))
         return Finished(
             code,
             base64.b64decode(status.get("out-data", "")),
             base64.b64decode(status.get("err-data", "")),
+        )
+
+    def _too_long(self, shown: str, limit: str) -> AgentError:
+        is_lost = "libvirt" in limit
+        return AgentError(
+            f"the output is longer than {limit}: {shown}",
+            where=self._domain.where,
+            why="libvirt lost the guest agent with that, and has it back after the next revert"
+            if is_lost
+            else "",
+            cure="vm.run with text=False takes any length; or write it to a file in the guest and"
+            " fetch that with vm.get",
         )
 
     # files
@@ -204,7 +262,7 @@ class Agent:
         """Yield the content of a file in chunks."""
         with self._open(path, "r") as handle:
             while True:
-                reply = self.command("guest-file-read", {"handle": handle, "count": CHUNK})
+                reply = self.command("guest-file-read", {"handle": handle, "count": READ})
                 if reply["count"]:
                     yield base64.b64decode(reply["buf-b64"])
                 if reply["eof"]:

@@ -92,8 +92,8 @@ class Clones:
             clone.make(domain, golden, self.base(golden), journal.clone)
             ledger = site.ledger(domain.name)
             ledger.image = str(golden.image)
-            tell = site.voice.line
-            machine = Machine(domain, journal, site.settings, site.slots, tell, ledger=ledger)
+            voice = site.voice
+            machine = Machine(domain, journal, site.settings, site.slots, voice, ledger=ledger)
             return machine, lease
 
     def _name(self, golden: Golden) -> str:

@@ -246,7 +246,7 @@ class Lab:
 
     def _machine(self, domain: Domain, lease: Lease, snapshot: str | None) -> Machine:
         """Return a machine that was just leased, with what others left put right."""
-        settings, slots, tell = self._settings, self._site.slots, self._voice.line
+        settings, slots, voice = self._settings, self._site.slots, self._voice
         journal = journals.load(lease.journal_path)
         if journal is not None and relay.can_be_taken_over(domain, journal, settings):
             self._checks.late_snapshot(domain, snapshot)
@@ -257,7 +257,7 @@ class Lab:
             journal = self._site.journal(domain, lease)
         ledger = self._site.ledger(domain.name)
         ledger.image = ledger.image or _image_of(domain)
-        return Machine(domain, journal, settings, slots, tell, ledger=ledger)
+        return Machine(domain, journal, settings, slots, voice, ledger=ledger)
 
     def current(self, request: Request) -> Savepoints | None:
         """Return the states of a machine if it is ours now."""

@@ -28,6 +28,7 @@ from pytest_kvmsnap.lab.journal import Clean, Journal
 from pytest_kvmsnap.lab.kept import Kept, description_for, name_for, surplus
 from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.slots import Slots
+from pytest_kvmsnap.lab.voice import Voice
 from pytest_kvmsnap.machine import space
 from pytest_kvmsnap.machine.domain import Domain, Fingerprint
 from pytest_kvmsnap.settings import Settings
@@ -59,7 +60,7 @@ class Machine:
         journal: Journal,
         settings: Settings,
         slots: Slots,
-        tell: Callable[[str], None],
+        voice: Voice,
         *,
         ledger: Ledger,
     ) -> None:
@@ -69,11 +70,12 @@ class Machine:
         self._journal = journal
         self._settings = settings
         self._slots = slots
+        self._voice = voice
         self.guest = Guest(domain, settings)
         self.kept: list[Kept] = []
         self._roots: set[str] = set()  # snapshots that tests started from
         domain.console.begin()
-        self._fast = FastReverts(domain, tell) if settings.revert == "fast" else None
+        self._fast = FastReverts(domain, voice.line) if settings.revert == "fast" else None
         self._clock = Clock(domain)
         self._found = journal.found or restore.look(domain)  # found by the worker before us
         self._growth = Growth(domain, settings.growth_limit)
@@ -118,6 +120,7 @@ class Machine:
             description=self._journal.description(),
             on_use=on_use,
             on_snapshot=self._note_snapshot,
+            show=self._voice.show,
         )
 
     def used_by(self, test: str) -> None:

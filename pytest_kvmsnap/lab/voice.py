@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Voice:
-    """Lines, and the progress of all conversions in per cent."""
+    """Lines, and how far something is: what it is, and per cent, shown on terminals alone."""
 
     line: Callable[[str], None]
-    progress: Callable[[float], None]
+    show: Callable[[str, float], None]
+
+    def progress(self, percent: float) -> None:
+        """Tell how far all conversions are."""
+        self.show("converting raw images", percent)

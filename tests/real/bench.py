@@ -207,6 +207,7 @@ class Maker:
         agent: bool = True,
         console_log: Path | None = None,
         network: Network | None = None,
+        memory_mib: int = 128,
     ) -> Machine:
         name = f"m{next(self.numbers)}"
         disk = self._lab.add_machine(
@@ -216,6 +217,7 @@ class Maker:
             agent=agent,
             console_log=console_log,
             network=network,
+            memory_mib=memory_mib,
         )
         self.made.append(Machine(self._lab, name, disk))
         return self.made[-1]

@@ -4,6 +4,7 @@ import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 from bench import Machine, Suite
 
 from guest import Guest
@@ -47,6 +48,13 @@ def test_input_too_long_for_one_message(vm):
     assert vm.run(["cat"], input=data, text=False).stdout == data
     assert vm.run("ls -A /tmp").stdout == ""
 
+def test_long_binary_output_arrives_whole(vm):  # libvirt takes no answer of more than 10 MiB
+    done = vm.run("head -c 5242880 /dev/urandom > /tmp/data; cat /tmp/data /tmp/data;"
+                  " echo err >&2; exit 3", text=False)
+    assert (done.returncode, len(done.stdout), done.stderr) == (3, 10_485_760, b"err\n")
+    assert done.stdout[:5_242_880] == done.stdout[5_242_880:]
+    assert vm.run("rm /tmp/data; ls -A /tmp").stdout == ""
+
 def test_what_takes_too_long_is_killed_with_its_children(vm):
     with pytest.raises(subprocess.TimeoutExpired):
         vm.run("(sleep 4321; true) & sleep 1234; true", timeout=0.5)
@@ -60,7 +68,43 @@ def test_command_that_is_not_there(vm):
     assert vm.name in str(caught.value)
 """
     )
-    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=7)
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=8)
+
+
+LOSSES = r"""
+import time
+
+ENDS = {
+    "kill -9 $PPID": "the guest agent was started anew",
+    "poweroff -f": "the machine went off",
+    "reboot -f": "reboot",  # it did, or, where it boots slowly, it may just do so
+    "echo c > /proc/sysrq-trigger": "the guest does not answer any more",
+}
+
+@pytest.mark.parametrize("command", WHICH)
+def test_a_command_that_takes_the_agent_with_it(vm, command):
+    begin = time.monotonic()
+    with pytest.raises(Exception, match="the command was lost: ") as caught:
+        vm.run(f"{command}; sleep 600", timeout=5)
+    assert type(caught.value).__name__ == "AgentError"
+    assert ENDS[command] in caught.value.why, str(caught.value)
+    assert vm.name in caught.value.where
+    assert time.monotonic() - begin < 100
+
+def test_it_is_clean(vm):
+    assert vm.run("echo clean", check=True).stdout == "clean\n"
+"""
+
+
+def test_commands_that_take_the_agent_with_them(machine: Machine, suite: Suite) -> None:
+    suite.write('WHICH = ["kill -9 $PPID", "poweroff -f"]\n' + LOSSES)
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=3)
+
+
+@pytest.mark.long
+def test_commands_that_take_the_guest_with_them(machine: Machine, suite: Suite) -> None:
+    suite.write('WHICH = ["reboot -f", "echo c > /proc/sysrq-trigger"]\n' + LOSSES)
+    suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=3)
 
 
 def test_libvirt_loses_an_agent_that_talks_nonsense_and_has_it_back_after_a_revert(
@@ -125,6 +169,7 @@ def test_large_file_with_its_mode(vm, tmp_path):
     assert vm.run("stat -c %a /root/there").stdout == "751\n"
     vm.get("/root/there", back)
     assert back.read_bytes() == here.read_bytes()
+    assert back.stat().st_mode == here.stat().st_mode
 
 def test_missing_file(vm, tmp_path):
     with pytest.raises(Exception, match="cannot open /no/file in the guest") as caught:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_kvmsnap.errors import AgentError
-from pytest_kvmsnap.guest.agent import CHUNK, Agent, Finished
+from pytest_kvmsnap.guest.agent import CHUNK, READ, Agent, Finished
 
 if TYPE_CHECKING:
     from localguest import LocalGuest
@@ -89,7 +89,7 @@ def test_a_timeout_is_told_even_if_the_command_cannot_be_killed(
     start = agent._start
     started: list[object] = []
 
-    def start_once(*args: object) -> int:
+    def start_once(*args: object, **more: object) -> int:
         if started:
             raise AgentError("no more")
         started.append(args)
@@ -106,7 +106,7 @@ def test_truncated_output_is_an_error(agent: Agent, local_guest: "LocalGuest", k
         "guest-exec": {"pid": 7},
         "guest-exec-status": {"exited": True, "exitcode": 0, "out-data": "eA==", key: True},
     }
-    with pytest.raises(AgentError, match="the output of dmesg is longer than") as caught:
+    with pytest.raises(AgentError, match=r"longer than the guest agent keeps .*: dmesg") as caught:
         agent.run(["dmesg"])
     assert caught.value.where == WHERE
     assert "vm.get" in caught.value.cure
@@ -130,7 +130,6 @@ def test_a_command_without_a_status_at_all_did_not_succeed(
         ("The command guest-exec has not been found", "block-rpcs, allow-rpcs"),
         ("QEMU guest agent is not connected", "is qemu-guest-agent installed and running"),
         ("argument unsupported: QEMU guest agent is not configured", "org.qemu.guest_agent.0"),
-        ("Guest agent is not responding: timed out", "is qemu-guest-agent installed and running"),
         ("Guest agent command failed: Input/output error", ""),
     ],
 )
@@ -161,7 +160,7 @@ def test_a_ping_tells_whether_the_agent_is_there(
 
 # files
 
-SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, READ, 2 * READ + 7]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -172,7 +171,7 @@ def test_a_file_of_any_size_is_read(
     (tmp_path / "file").write_bytes(data)
     chunks = list(agent.read(str(tmp_path / "file")))
     assert b"".join(chunks) == data
-    assert all(len(chunk) <= CHUNK for chunk in chunks)
+    assert all(len(chunk) <= READ for chunk in chunks)
     assert local_guest.open_files == 0
 
 
@@ -224,7 +223,7 @@ def test_a_file_is_closed_when_reading_fails(
 def test_a_file_is_closed_when_its_reader_stops_halfway(
     agent: Agent, local_guest: "LocalGuest", tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_bytes(bytes(3 * CHUNK))
+    (tmp_path / "file").write_bytes(bytes(3 * READ))
     chunks = agent.read(str(tmp_path / "file"))
     next(chunks)
     chunks.close()  # type: ignore[attr-defined] # it is a generator

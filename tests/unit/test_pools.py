@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from testdriver import Host
 
 WEB = Pool(("web-*",))
-SILENT = Voice(lambda _line: None, lambda _percent: None)
+SILENT = Voice(lambda _line: None, lambda *_: None)
 
 # what names stand for
 
