@@ -3,7 +3,8 @@
 `pytest example_suite` builds two machines and a golden image in a folder of its own and removes
 them at the end. With `--kvmsnap-uri qemu:///system --kvmsnap-domain centos` the same tests run on
 your machine; add `--example-snapshot NAME` for those that start from a snapshot, and
-`--example-golden IMAGE` for those on a golden image.
+`--example-golden IMAGE` for those on a golden image. `--example-failure` has a test fail on
+purpose, which leaves a folder with what can be seen of its machine.
 """
 
 import contextlib
@@ -29,10 +30,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--example-snapshot", metavar="NAME", help="a snapshot of the machine that you name"
     )
     group.addoption("--example-golden", metavar="IMAGE", help="a golden image of yours")
+    group.addoption(
+        "--example-failure", action="store_true", help="run a test that fails, and see what it left"
+    )
     if "--require-real" not in [name for option in group.options for name in option.names()]:
         group.addoption(
             "--require-real", action="store_true", help="fail where QEMU or libvirt is missing"
         )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests of which one fails, unless they are asked for."""
+    is_wanted: bool = config.getoption("example_failure")
+    return True if collection_path.name == "test_failing.py" and not is_wanted else None
 
 
 def is_yours(config: pytest.Config) -> bool:

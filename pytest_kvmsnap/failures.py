@@ -82,7 +82,6 @@ def _keep(item: pytest.Item, machine: "Machine", report: pytest.TestReport) -> N
     except KvmsnapError as error:
         told = f"the state of {machine.domain.name} could not be kept\n{error}"
     else:
-        machine.ledger.kept.append(kept.snapshot)
         properties.add(item, machine.domain.name, KEPT, kept.snapshot)
         told = (
             f"{machine.domain.name}: kept as the snapshot {kept.snapshot}; see the end of the run"

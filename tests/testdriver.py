@@ -16,7 +16,7 @@ import pytest
 # are new, and a second import of libvirt's extension is no good.
 import pytest_kvmsnap.lab.lab
 from pytest_kvmsnap.machine.domain import STATES, Domain
-from pytest_kvmsnap.report import jsonfile, properties, summary
+from pytest_kvmsnap.report import evidence, html, jsonfile, properties, summary
 
 URI = "test:///default"
 
@@ -232,4 +232,4 @@ def fail_when(
     monkeypatch.setattr(Domain, method, failing)
 
 
-assert [pytest_kvmsnap.lab.lab, jsonfile, properties, summary]  # see above
+assert [pytest_kvmsnap.lab.lab, evidence, html, jsonfile, properties, summary]  # see above

@@ -72,6 +72,7 @@ class Console:
         return self._expect([re.compile(re.escape(each)) for each in given], timeout)
 
     def _expect(self, patterns: Sequence[re.Pattern[str]], timeout: float | None) -> int:
+        __tracebackhide__ = True
         patience = self.timeout if timeout is None else timeout
         end = time.monotonic() + patience
         self._console.listen()

@@ -246,6 +246,7 @@ class Machine:
         name = self._unused(name_for(test))
         taken = self.domain.take_snapshot(name, description_for(test))
         self._powers[name] = taken.state
+        self.ledger.kept.append(name)
         self._journal.kept[name] = self.domain.snapshot_xmls()[name]
         self._journal.save()
         self.kept.append(Kept(self.domain, name, test, self._journal.clone))
@@ -257,6 +258,7 @@ class Machine:
         self._journal.kept.pop(name, None)
         self._found.snapshots.pop(name, None)  # of an earlier run
         self.kept = [kept for kept in self.kept if kept.snapshot != name]
+        self.ledger.kept = [kept for kept in self.ledger.kept if kept != name]
 
     def _unused(self, name: str) -> str:
         further = itertools.count(2)
