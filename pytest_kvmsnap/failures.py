@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_kvmsnap import run
+from pytest_kvmsnap import results, run
 from pytest_kvmsnap.errors import KvmsnapError
-from pytest_kvmsnap.states import machines_after
+from pytest_kvmsnap.states import has_failed, is_over, machines_after
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.lab.machine import Machine
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _FOLDER = "kvmsnap-results"
 _SECTION = "kvmsnap"
-EVIDENCE = "kvmsnap_evidence"
-KEPT = "kvmsnap_kept"
 
 
 def look(item: pytest.Item, report: pytest.TestReport) -> None:
@@ -31,12 +29,17 @@ def look(item: pytest.Item, report: pytest.TestReport) -> None:
     if not machines:
         return
     if report.failed:
-        _collect(item, machines, report)
+        _collect(item, list(machines), report)
+    if is_over(item) and _is_to_keep(item, report):
+        for machine, start in machines.items():
+            if start:  # else it is where another test, or nobody, left it
+                _keep(item, machine, report)
+
+
+def _is_to_keep(item: pytest.Item, report: pytest.TestReport) -> bool:
     keep = run.settings_of(item.config).keep
-    is_over = report.failed or report.when == "call"
-    if (keep == "always" and is_over) or (keep == "on-failure" and report.failed):
-        for machine in machines:
-            _keep(item, machine, report)
+    is_last = report.failed or report.when == "call"
+    return is_last and (keep == "always" or (keep == "on-failure" and has_failed(item)))
 
 
 def _collect(item: pytest.Item, machines: "list[Machine]", report: pytest.TestReport) -> None:
@@ -57,7 +60,7 @@ def _collect(item: pytest.Item, machines: "list[Machine]", report: pytest.TestRe
         told += [f"{machine.domain.name}: not collected: {note}" for note in collected.notes]
         html.attach(item.config, report, collected)
     shown = os.path.relpath(folder, folder_of_command)
-    item.user_properties.append((EVIDENCE, shown))
+    item.user_properties.append((results.EVIDENCE, shown))
     report.sections.append((_SECTION, "\n".join([f"what the test left is in {shown}", *told])))
 
 
@@ -68,7 +71,7 @@ def _collect_of(item: pytest.Item, machine: "Machine", place: Path) -> "Collecto
     collector = Collector(machine.domain.name, place)
     collector.machine(machine.guest)
     hook = item.config.hook.pytest_kvmsnap_collect
-    vm = machine.vm(machine.touched)
+    vm = machine.vm(collector.while_it_lasts(machine.touched))
     collector.attempt("pytest_kvmsnap_collect", partial(hook, vm=vm, item=item, folder=place))
     collector.close()
     return collector
@@ -77,13 +80,12 @@ def _collect_of(item: pytest.Item, machine: "Machine", place: Path) -> "Collecto
 def _keep(item: pytest.Item, machine: "Machine", report: pytest.TestReport) -> None:
     from pytest_kvmsnap.report import properties
 
+    name = machine.domain.name
     try:
-        kept = machine.keep_for_people(item.nodeid)
+        kept = run.lab_of(item.config).keep(machine, item.nodeid)
     except KvmsnapError as error:
-        told = f"the state of {machine.domain.name} could not be kept\n{error}"
+        told = f"the state of {name} could not be kept\n{error}"
     else:
-        properties.add(item, machine.domain.name, KEPT, kept.snapshot)
-        told = (
-            f"{machine.domain.name}: kept as the snapshot {kept.snapshot}; see the end of the run"
-        )
+        properties.add(item, name, results.KEPT, kept)
+        told = f"{name}: kept as the snapshot {kept}; see the end of the run"
     report.sections.append((_SECTION, told))

@@ -186,7 +186,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if call.when != "teardown":
-        failures.look(item, report)
+        try:
+            failures.look(item, report)
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001
+            # Whatever it is, the test's own failure counts. pytest-timeout may end it here, too.
+            report.sections.append(("kvmsnap", f"what the test left is lost: {error!r}"))
     return report
 
 

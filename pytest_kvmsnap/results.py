@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 MACHINE = "kvmsnap_machine"
-_EVIDENCE = "kvmsnap_evidence"
+EVIDENCE = "kvmsnap_evidence"
+KEPT = "kvmsnap_kept"
 _PREFIX = "kvmsnap_"
 NAMES = frozenset(
     _PREFIX + name
@@ -82,7 +83,7 @@ class Results:
         test = self._under_way.pop(key, None)
         if test is not None and test.properties:
             machines = machines_of(test.properties)
-            evidence = str(dict(test.properties).get(_EVIDENCE, ""))
+            evidence = str(dict(test.properties).get(EVIDENCE, ""))
             self.tries.append(Try(key[1], outcome_of(test.reports), machines, evidence))
 
 
@@ -109,7 +110,7 @@ def machines_of(properties: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
     for name, value in properties:
         if name == MACHINE:
             machines.append(begun if not machines else {})
-        if name in NAMES and name != _EVIDENCE:
+        if name in NAMES and name != EVIDENCE:
             (machines[-1] if machines else begun)[name.removeprefix(_PREFIX)] = value
     return machines
 

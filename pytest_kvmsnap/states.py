@@ -77,13 +77,27 @@ def _starts_of(item: pytest.Item) -> "dict[Ledger, str]":
     return {machine.ledger: start for machine, start in _course_of(item).starts.items()}
 
 
-def machines_after(item: pytest.Item, report: pytest.TestReport) -> "list[Machine]":
-    """Return the machines that a test, or what was set up for it, worked on; note its outcome."""
+def machines_after(item: pytest.Item, report: pytest.TestReport) -> "dict[Machine, str]":
+    """Return the machines that a test, or what was set up for it, worked on; note its outcome.
+
+    With the snapshots that it started from, empty if it did not come to that. Those that were in
+    quarantine before are left out: what they show is not of this test.
+    """
     course = item.stash.get(_COURSE, None)
     if course is None:
-        return []
-    course.has_failed = report.failed
-    return list(course.starts)
+        return {}
+    course.has_failed = course.has_failed or report.failed  # a subtest of it, perhaps
+    return {each: start for each, start in course.starts.items() if each not in course.broken}
+
+
+def is_over(item: pytest.Item) -> bool:
+    """Tell whether the call of a test is over, of which a report is made: no subtest's, then."""
+    return not item.stash[_COURSE].is_in_call
+
+
+def has_failed(item: pytest.Item) -> bool:
+    """Tell whether the set-up, the call or a subtest of a test failed, in this try."""
+    return item.stash[_COURSE].has_failed
 
 
 def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
@@ -132,14 +146,23 @@ class _Course:
     `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
     machines that `vm` gave, `entered` those that were brought to where the test starts. `starts`
     are all that it works on, in whatever state they are, with the snapshots that it started from;
-    empty until that is known. `has_failed` tells that its set-up or call did.
+    empty until that is known; `broken` those of them that had failed before. `is_in_call` tells
+    that the test itself runs, `has_failed` that its set-up or call failed.
     """
 
     is_in_test: bool = False
     vms: "dict[Request, VM]" = field(default_factory=dict)
     entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
     starts: "dict[Machine, str]" = field(default_factory=dict)
+    broken: "set[Machine]" = field(default_factory=set)
+    is_in_call: bool = False
     has_failed: bool = False
+
+    def works_on(self, machine: "Machine") -> None:
+        if machine not in self.starts:
+            self.starts[machine] = ""
+            if machine.has_failed:
+                self.broken.add(machine)
 
 
 class _States:
@@ -169,6 +192,16 @@ class _States:
         with run.told():
             self._enter(item)
         return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        course = _course_of(item)
+        course.is_in_call = True
+        try:
+            return (yield)
+        finally:
+            course.is_in_call = False
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(
@@ -220,7 +253,7 @@ class _States:
     def _savepoints(self, request: Request) -> "Savepoints":
         savepoints = run.lab_of(self._config).savepoints(request)
         if self._item is not None:
-            _course_of(self._item).starts.setdefault(savepoints.machine, "")
+            _course_of(self._item).works_on(savepoints.machine)
         return savepoints
 
     def clean_machine(self, item: pytest.Item) -> "VM":
@@ -309,7 +342,7 @@ class _States:
 
     def _work_on(self, item: pytest.Item, savepoints: "Savepoints") -> "_Course":
         course = _course_of(item)
-        course.starts.setdefault(savepoints.machine, "")
+        course.works_on(savepoints.machine)
         savepoints.machine.used_by(item.nodeid)
         return course
 
@@ -335,7 +368,11 @@ class _States:
         is_new = savepoints.go_on(state, scope)
         course.entered[request.machine] = savepoints
         if is_new:
-            self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(savepoints))
+            try:
+                self._config.hook.pytest_kvmsnap_vm_ready(vm=self._vm(savepoints))
+            except BaseException:  # the next test starts anew, and has the hook called again
+                savepoints.break_off(state, scope)
+                raise
 
     def _by_machine(self, item: pytest.Item, scopes: Collection[str]) -> dict[Request, str]:
         return requests_of(item, scopes, run.settings_of(self._config))

@@ -186,6 +186,7 @@ class VM:
         self._domain.end_block_jobs()
         self._domain.revert(_name(snapshot), self._revert_timeout)
         self._host = None  # it keeps what it found out about the system
+        self._domain.console.listen()
         if self.state == "running":
             self.wait_ready()
             self._guest.set_clock()

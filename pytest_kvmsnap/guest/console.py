@@ -18,7 +18,8 @@ class Console:
 
     `expect` waits for a text and `sendline` types one. What the guest said before the last match is
     in `before`, the match itself in `match`, its text in `after`. Waiting begins with the first
-    thing that the console said in the test, and goes on behind each match.
+    thing that the console said in the test, or since `VM.revert` in it, and goes on behind each
+    match.
 
     Attributes:
         timeout: seconds that `expect` waits unless told otherwise.
@@ -32,7 +33,7 @@ class Console:
         self._domain = domain
         self._console = domain.console
         self._text = ""  # heard, and not matched yet
-        self._position = domain.console.start
+        self._mark = self._position = -1  # as if there had been a jump in time
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def send(self, text: str) -> None:
@@ -88,9 +89,12 @@ class Console:
             self._console.wait(self._position, min(left, _SLICE))
 
     def _take(self) -> None:
-        start = max(self._position, self._console.start)
-        heard = self._console.heard(start)
-        self._position = start + len(heard)
+        if self._mark != self._console.mark:  # another test began, or the machine was reverted
+            self._mark = self._position = self._console.mark
+            self._text = ""
+            self._decoder.reset()
+        heard = self._console.heard(self._position)
+        self._position += len(heard)
         self._text += self._decoder.decode(heard)
 
     def _matched(self, patterns: Sequence[re.Pattern[str]]) -> int | None:

@@ -10,6 +10,7 @@ in time, may change them. They are kept beside the socket, never in the user's o
 
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ class Ssh:
         self._port = settings.ssh_port
         self._is_direct: bool | None = None
         self._master: SshProcess | None = None
+        self._lock = threading.RLock()
         domain.clients.append(self)
 
     def __repr__(self) -> str:
@@ -160,7 +162,8 @@ class Ssh:
 
     def hang_up(self) -> None:
         """Close the connection, and forget the host keys. Never fails."""
-        master, self._master = self._master, None
+        with self._lock:
+            master, self._master = self._master, None
         if master is not None:
             master.close()
 
@@ -182,6 +185,10 @@ class Ssh:
         Raises:
             SshError: that failed, or took more than `timeout` seconds.
         """
+        with self._lock:
+            return self._opened(timeout)
+
+    def _opened(self, timeout: float) -> SshProcess:
         if self._master is not None and not self._master.is_connected():
             self.hang_up()
         if self._master is None:

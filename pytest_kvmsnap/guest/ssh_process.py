@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -116,9 +117,10 @@ class SshProcess:
 def _dies_with_us() -> list[str]:
     """Return what has a command end when we are killed, where there is such a tool.
 
-    It ends with the thread that started it, too: whoever comes next opens another connection.
+    It would end with the thread that started it, too, so others than the main one do without.
     """
-    setpriv = shutil.which("setpriv")
+    is_main = threading.current_thread() is threading.main_thread()
+    setpriv = shutil.which("setpriv") if is_main else None
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 

@@ -1,6 +1,7 @@
 """Throwaway machines on golden images: checked beforehand, made when a test asks, replaced."""
 
 import contextlib
+import datetime as dt
 import itertools
 import re
 import uuid
@@ -102,20 +103,28 @@ class Clones:
     def make_room(self, golden: Golden) -> None:
         """Remove the oldest machines that hold states which are kept for people, if there are many.
 
-        Those of living runs, and of dead ones that are to be worked off, have a journal.
+        Other processes may do so too, or use one: what does not work is left to the next one.
         """
-        site = self._site
         pattern = re.compile(rf"{re.escape(_prefix(golden))}[0-9a-f]{{8}}-\d+")
-        holders = []
-        for name in filter(pattern.fullmatch, site.hypervisor.names()):
-            domain, folder = site.domain(name), store.folder("clones") / name
-            held = surplus(domain.snapshots(), 0)
-            is_ours = folder.is_dir() and not site.lease(domain).journal_path.exists()
-            if held and is_ours and not domain.is_active():
-                holders.append((held[-1].created, domain, folder))
+        holders: list[tuple[dt.datetime, Domain]] = []
+        for name in filter(pattern.fullmatch, self._site.hypervisor.names()):
+            with contextlib.suppress(KvmsnapError):
+                domain = self._site.domain(name)
+                holders += [(each.created, domain) for each in surplus(domain.snapshots(), 0)[-1:]]
         holders.sort(key=lambda holder: holder[0])
-        for _, domain, folder in holders[: max(len(holders) - self._settings.keep_max, 0)]:
-            clone.discard(domain, folder)
+        for _, domain in holders[: max(len(holders) - self._settings.keep_max, 0)]:
+            with contextlib.suppress(KvmsnapError):
+                self._remove_holder(domain)
+
+    def _remove_holder(self, domain: Domain) -> None:
+        folder, lease = store.folder("clones") / domain.name, self._site.lease(domain)
+        try:
+            # One of a dead run, which is to be worked off, has a journal.
+            is_free = lease.try_take() and not lease.journal_path.exists()
+            if is_free and folder.is_dir() and not domain.is_active():
+                clone.discard(domain, folder)
+        finally:
+            lease.release()
 
     def failed(self, golden: Golden, machine: Machine) -> None:
         """Note why a machine failed: one that never came up may do so because of its image."""

@@ -60,8 +60,8 @@ class Journal:
 
     `found_snapshot` is the one that the machine goes back to at the end. `taken` are the snapshots
     of this run, oldest first, with their XML, which is empty until they stand. `by_tests` are the
-    names that tests gave to snapshots, noted before these are taken, `kept` the snapshots with
-    their XML that are kept for people. `planted` tells that the
+    names that tests gave to snapshots, noted before these are taken, `kept` the snapshots that are
+    kept for people, with their XML, which is empty until they stand. `planted` tells that the
     canary's block was put on the disk of a machine that was found running. `clone` is the folder of
     a throwaway machine, which is removed rather than put back. `waits_for` are the
     journals' names of the machines that the run waits for while it keeps this one, and `clean`

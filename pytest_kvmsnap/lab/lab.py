@@ -60,6 +60,7 @@ class Lab:
         self._voice = voice
         self._held: dict[_Key, _Held] = {}
         self._chosen: dict[Pool, str] = {}
+        self._starts: set[str] = set()  # snapshots that tests start from
         self._test = ""  # for people who wait while it waits itself
         self._unfit: dict[str, KvmsnapError] = {}  # by UUID, those that could not be had
         self._lost: dict[str, KvmsnapError] = {}  # that failed when they were ours
@@ -83,7 +84,9 @@ class Lab:
 
     def check(self, requests: Iterable[Request]) -> None:
         """Check all machines that tests will ask for; see `Checks.check`."""
-        self._checks.check(requests)
+        asked = list(requests)
+        self._starts = {each.snapshot for each in asked if each.snapshot is not None}
+        self._checks.check(asked)
 
     def check_workers(self, held: Iterable[str | Pool | Golden], workers: int) -> None:
         """Refuse machines that every worker would hold for the whole run, where there are fewer.
@@ -118,6 +121,10 @@ class Lab:
     def outlook(self, requests: Iterable[Request]) -> Outlook:
         """Look at all that tests will ask for, as `check` does; start and change nothing."""
         return self._checks.outlook(requests)
+
+    def keep(self, machine: Machine, test: str) -> str:
+        """Keep a machine as a test left it, for people; see `Machine.keep_for_people`."""
+        return machine.keep_for_people(test, self._starts)
 
     # for a test
 
@@ -379,10 +386,10 @@ class Lab:
         del self._held[key]  # only now: a Ctrl-C leaves it to the next call
         self._choose_no_more(key)
         self.kept += held.machine.kept
-        if isinstance(key, Golden) and held.machine.kept:
-            self._clones.make_room(key)
         if held.machine.unproven:
             self.unproven.setdefault(held.machine.domain.name, []).extend(held.machine.unproven)
+        if isinstance(key, Golden) and held.machine.kept:
+            self._clones.make_room(key)
         if failure is not None:
             raise failure
 
@@ -400,6 +407,7 @@ class Lab:
             failures += relay.put_back_leftovers(self._site) if self._site.is_connected else []
         except KvmsnapError as error:
             failures.append(error)
+        self.kept = [kept for kept in self.kept if _is_there(kept)]
         self._site.close()
         return failures
 
@@ -448,3 +456,11 @@ def _image_of(domain: Domain) -> str:
     """Return the path of the first image that snapshots of a machine are in."""
     paths = [disk.path for disk in domain.disks(inactive=True) if disk.is_snapshotted]
     return str(next(filter(None, paths), ""))
+
+
+def _is_there(kept: Kept) -> bool:
+    """Tell whether nobody has made room in its place, which another worker may have done."""
+    try:
+        return kept.snapshot in kept.domain.snapshot_names()
+    except KvmsnapError:
+        return False

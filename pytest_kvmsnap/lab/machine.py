@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.fast import FastReverts
 from pytest_kvmsnap.lab.growth import Growth
 from pytest_kvmsnap.lab.journal import Clean, Journal
-from pytest_kvmsnap.lab.kept import Kept, description_for, name_for, surplus
+from pytest_kvmsnap.lab.kept import Keeper, Kept
 from pytest_kvmsnap.lab.ledger import Ledger
 from pytest_kvmsnap.lab.slots import Slots
 from pytest_kvmsnap.lab.voice import Voice
@@ -48,7 +48,7 @@ class _Stand(NamedTuple):
 class Machine:
     """One machine, ours until `close`.
 
-    `guest` is the system in it. `kept` are the states of it that were kept for people.
+    `guest` is the system in it.
     `unproven` are the tests after which the guest could not take or look for the canary's marks,
     so that the revert is proven by power state and current snapshot alone. `failure` is why the
     machine is in quarantine, None while it is not.
@@ -72,7 +72,7 @@ class Machine:
         self._slots = slots
         self._voice = voice
         self.guest = Guest(domain, settings)
-        self.kept: list[Kept] = []
+        self._keeper = Keeper(domain, journal, ledger, settings.keep_max)
         self._roots: set[str] = set()  # snapshots that tests started from
         domain.console.begin()
         self._fast = FastReverts(domain, voice.line) if settings.revert == "fast" else None
@@ -232,40 +232,33 @@ class Machine:
             raise
         return (name, *theirs)
 
-    def keep_for_people(self, test: str) -> Kept:
+    def keep_for_people(self, test: str, in_use: Collection[str]) -> str:
         """Keep the machine as a test leaves it, for whoever looks into that; oldest out first.
+
+        `in_use` are snapshots that tests of this run start from. With live=no it is shut down
+        first: its memory is what people then do not want to have in a snapshot. Returns the name
+        of the snapshot.
 
         Raises:
             MachineError: the snapshot could not be taken, or none deleted to make room.
         """
-        in_use = {*self._roots, self._found.current}
-        others = [s for s in self.domain.snapshots() if s.name not in in_use]
-        for oldest in surplus(others, self._settings.keep_max - 1):
-            self._drop_kept(oldest.name)
+        if not self._settings.live and self.domain.state() == "running":
+            with contextlib.suppress(MachineError):
+                self.domain.shutdown(_SHUTDOWN)
+            self.domain.destroy()
+        found = {self._found.current} if self._found.current is not None else set()
+        for name in self._keeper.make_room({*in_use, *self._roots, *found}):
+            self._powers.pop(name, None)
+        self.guest.ssh.hang_up()
         space.check_space(self.domain)
-        name = self._unused(name_for(test))
-        taken = self.domain.take_snapshot(name, description_for(test))
-        self._powers[name] = taken.state
-        self.ledger.kept.append(name)
-        self._journal.kept[name] = self.domain.snapshot_xmls()[name]
-        self._journal.save()
-        self.kept.append(Kept(self.domain, name, test, self._journal.clone))
-        return self.kept[-1]
+        kept = self._keeper.keep(test)
+        self._powers[kept.name] = kept.state
+        return kept.name
 
-    def _drop_kept(self, name: str) -> None:
-        self.domain.delete_snapshot(name)
-        self._powers.pop(name, None)
-        self._journal.kept.pop(name, None)
-        self._found.snapshots.pop(name, None)  # of an earlier run
-        self.kept = [kept for kept in self.kept if kept.snapshot != name]
-        self.ledger.kept = [kept for kept in self.ledger.kept if kept != name]
-
-    def _unused(self, name: str) -> str:
-        further = itertools.count(2)
-        chosen = name
-        while chosen in self._powers:
-            chosen = f"{name}-{next(further)}"
-        return chosen
+    @property
+    def kept(self) -> list[Kept]:
+        """The states that this run kept for people."""
+        return self._keeper.kept
 
     def forget(self, snapshots: tuple[str, ...]) -> None:
         """Let go of snapshots that serve no more; the next revert or `tidy` deletes them."""

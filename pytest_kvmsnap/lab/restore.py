@@ -6,7 +6,7 @@ from pytest_kvmsnap.errors import MachineError
 from pytest_kvmsnap.guest.canary import Canary
 from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.lab.journal import Found, Journal
-from pytest_kvmsnap.machine import clone, conversion, orphans
+from pytest_kvmsnap.machine import clone, conversion, domainxml, orphans
 from pytest_kvmsnap.machine.domain import Domain
 
 
@@ -46,9 +46,10 @@ def _define_again(domain: Domain, journal: Journal) -> None:
         return
     domain.hypervisor.define(found.definition)
     present = {snapshot.name for snapshot in domain.snapshots()}
-    for name, xml in (found.snapshots | journal.kept | journal.taken).items():
-        if xml and name not in present:
-            domain.redefine_snapshot(xml, current=False)
+    known = found.snapshots | journal.kept | journal.taken
+    missing = {name: xml for name, xml in known.items() if xml and name not in present}
+    for xml in domainxml.parents_first(missing, present):
+        domain.redefine_snapshot(xml, current=False)
 
 
 def delete(domain: Domain, is_over: Callable[[str], bool]) -> None:
@@ -94,7 +95,7 @@ def leave_clone(domain: Domain, journal: Journal) -> None:
     Raises:
         MachineError: that failed; the journal stays.
     """
-    if not journal.kept:
+    if not any(journal.kept.values()):
         discard(domain, journal)
         return
     domain.destroy()
@@ -155,7 +156,9 @@ def delete_ours(domain: Domain, journal: Journal) -> None:
 
     With those that a kill left in the images only; of those whose data is gone, what libvirt knows.
     """
-    ours = names_of(domain, journal)
+    unfinished = {name for name, xml in journal.kept.items() if not xml}
+    known = domain.snapshot_names() if unfinished else []
+    ours = [*names_of(domain, journal), *(name for name in known if name in unfinished)]
     without_data = orphans.without_data(domain, ours)
     for name in reversed(ours):
         if name in without_data:
@@ -167,7 +170,7 @@ def delete_ours(domain: Domain, journal: Journal) -> None:
     orphans.remove(
         domain,
         journal.description(),
-        lambda name: name in by_tests or orphans.is_of_run(name, journal.run),
+        lambda name: name in by_tests | unfinished or orphans.is_of_run(name, journal.run),
     )
 
 

@@ -181,6 +181,10 @@ class Savepoints:
         self.holders.discard(holder)
         self._drop_lines([line for line in self._lines if line.holder == holder])
 
+    def break_off(self, state: State, holder: Hashable) -> None:
+        """Let go of a line that did not come to be what it should."""
+        self._drop_lines([x for x in self._lines if (x.state, x.holder) == (state, holder)])
+
     def settle(self) -> None:
         """Undo at the end of a test what was let go of, rather than when that is in the way.
 

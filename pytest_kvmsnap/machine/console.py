@@ -21,6 +21,9 @@ _EVENTS = (
     | libvirt.VIR_STREAM_EVENT_ERROR
 )
 _CHUNK = 65536
+_LETTING_GO = 5.0  # seconds for libvirt's event loop to let go of a stream
+_MOST = 64 * 2**20
+"""Bytes that are kept of what is heard, at least; of twice as many the older half is dropped."""
 _TYPING = 10.0  # seconds that a guest may take to take what is typed
 
 
@@ -39,12 +42,16 @@ class Console:
         self._log: _Log | None = None
         self._boot: int | None = None
         self.silence = "nobody listened to it"
+        self.mark = 0
+        """The position after the last jump in time: what came before is of the past."""
+        self._closed: list[tuple[float, libvirt.virStream]] = []
 
     def begin(self) -> None:
         """Forget what was said so far: a test begins."""
         self._in_file().begin()
         if self._boot is None:  # else somebody waits still for what it says
             self._heard.begin()
+            self.mark = self._heard.start
 
     def listen(self) -> None:
         """Listen from now on, where that is possible; `silence` tells why it is not.
@@ -94,17 +101,26 @@ class Console:
         """Stop listening: the machine jumps in time, and is up when it arrives."""
         self._boot = None
         self._close()
+        self.mark = self._heard.end
 
     def _close(self) -> None:
         stream, self._stream = self._stream, None
-        if stream is not None:
-            with contextlib.suppress(libvirt.libvirtError):
-                stream.eventRemoveCallback()
-                stream.abort()
+        if stream is None:
+            return
+        with contextlib.suppress(libvirt.libvirtError):
+            stream.eventRemoveCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            stream.abort()
+        # The event loop may be in the callback right now, and lets go of the stream after that.
+        now = time.monotonic()
+        self._closed = [(then, each) for then, each in self._closed if now - then < _LETTING_GO]
+        self._closed.append((now, stream))
 
     def boots(self) -> None:
         """Note that the machine boots from here on; see `said_since_boot`."""
         self._boot = self._heard.end
+        if self._log is not None:
+            self._log.boots()
 
     def arrived(self) -> None:
         """Note that the machine has booted."""
@@ -137,10 +153,12 @@ class Console:
 
     def said(self) -> str | None:
         """Return all that it said since `begin`; None when nobody knows."""
-        if self._heard.end > self._heard.start or self.is_heard:
-            return self._heard.read(self._heard.start).decode(errors="replace")
-        log = self._in_file().read()
-        return log.decode(errors="replace") if log is not None else None
+        heard = self._heard.read(self._heard.start)
+        if not self.is_heard:  # somebody else may have taken it
+            log = self._in_file().read()
+            if log or (log is not None and not heard):
+                return log.decode(errors="replace")
+        return heard.decode(errors="replace") if heard or self.is_heard else None
 
     def _in_file(self) -> "_Log":
         if self._log is None:
@@ -151,9 +169,10 @@ class Console:
         """Return what it said since the machine boots; None if that was before we came."""
         if self._boot is None:
             return None
-        if self._heard.end == self._boot and not self.is_heard:
-            return self.said()
-        return self._heard.read(self._boot).decode(errors="replace")
+        heard = self._heard.read(self._boot)
+        if not heard and not self.is_heard:
+            heard = self._in_file().read_since_boot() or b""
+        return heard.decode(errors="replace")
 
     def lines(self, count: int = 15) -> str:
         """Return the last lines that are known, without control characters."""
@@ -204,24 +223,35 @@ class _Heard:
         self.start = self.end = 0
         self._file: Any = None
         self._base = 0  # the position of the first byte in the file
-        self._more = threading.Condition()
+        self._more = threading.Condition()  # of a lock that its holder may take again
 
     def begin(self) -> None:
         with self._more:
-            self.start = self._base = self.end
-            if self._file is not None:
-                self._file.seek(0)
-                self._file.truncate()
+            self._keep(0)
+            self.start = self.end
 
     def add(self, chunk: bytes) -> None:
         with self._more:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115
-                weakref.finalize(self, self._file.close)
-            self._file.seek(0, 2)
-            self._file.write(chunk)
-            self.end += len(chunk)
+            with contextlib.suppress(OSError):  # the disk is full, which others tell
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                    weakref.finalize(self, self._file.close)
+                self._file.seek(0, 2)
+                self.end += self._file.write(chunk)
+                if self.end - self._base > 2 * _MOST:
+                    self._keep(_MOST)
             self._more.notify_all()
+
+    def _keep(self, count: int) -> None:
+        """Drop all but the last bytes."""
+        kept = self.read(self.end - count) if count else b""
+        self._base = self.end - len(kept)
+        self.start = max(self.start, self._base)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(kept)
 
     def read(self, position: int) -> bytes:
         with self._more:
@@ -241,21 +271,33 @@ class _Log:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._start = 0
+        self._start = self._boot = 0
 
     def begin(self) -> None:
-        self._start = 0
+        self._start = self._size()
+
+    def boots(self) -> None:
+        self._boot = self._size()
+
+    def _size(self) -> int:
         if self._path is not None:
             with contextlib.suppress(OSError):
-                self._start = self._path.stat().st_size
+                return self._path.stat().st_size
+        return 0
 
     def read(self) -> bytes | None:
+        return self._read(self._start)
+
+    def read_since_boot(self) -> bytes | None:
+        return self._read(self._boot)
+
+    def _read(self, start: int) -> bytes | None:
         if self._path is None:
             return None
         try:
             with self._path.open("rb") as file:
-                if self._path.stat().st_size >= self._start:  # else a new QEMU began it anew
-                    file.seek(self._start)
+                if self._path.stat().st_size >= start:  # else a new QEMU began it anew
+                    file.seek(start)
                 return file.read()
         except OSError:
             return None

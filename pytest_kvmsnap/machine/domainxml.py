@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import io
 import xml.etree.ElementTree as ET
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,6 +251,29 @@ def known_again(name: str, description: str, created: int, domain_xml: str) -> s
     ET.SubElement(root, "state").text = "shutoff"
     ET.SubElement(root, "creationTime").text = str(created)
     root.append(ET.fromstring(domain_xml))
+    return ET.tostring(root, encoding="unicode")
+
+
+def parents_first(xmls: Mapping[str, str], present: Collection[str]) -> Iterator[str]:
+    """Yield the XML of snapshots, by name, in an order in which libvirt can learn of them.
+
+    One whose parent is neither among them nor present is made a root.
+    """
+    left, there = dict(xmls), set(present)
+    while left:
+        for name, xml in list(left.items()):
+            parent = snapshot(xml).parent
+            if parent not in left:
+                yield xml if parent is None or parent in there else _as_root(xml)
+                there.add(name)
+                del left[name]
+
+
+def _as_root(snapshot_xml: str) -> str:
+    keep_prefixes(snapshot_xml)
+    root = ET.fromstring(snapshot_xml)
+    for parent in root.findall("parent"):
+        root.remove(parent)
     return ET.tostring(root, encoding="unicode")
 
 

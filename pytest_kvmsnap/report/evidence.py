@@ -22,6 +22,7 @@ _EACH = (
 _ALL = 30.0  # seconds for all of a machine
 _GUEST = 8  # seconds for the guest to answer
 _TAIL = 256 * 1024  # bytes of a log
+_CONSOLE = 8 * 2**20  # characters of a console
 _LONGEST = 80  # characters of a folder's name, without what makes it unique
 
 # Once around: the agent keeps 16 MiB of output, and a journal may hold far more. The lines that
@@ -66,6 +67,7 @@ class Collector:
         self.files: list[str] = []
         self.notes: list[str] = []
         self._end = time.monotonic() + _ALL
+        self._is_over = False
 
     def machine(self, guest: Guest) -> None:
         """Collect all of a machine's."""
@@ -77,6 +79,16 @@ class Collector:
         self.file("definition", partial(_definition, guest, self.folder))
         self.file("guest's log", partial(_guest_log, guest, self.folder))
         self.file("QEMU's log", partial(_qemu_log, guest, self.folder))
+
+    def while_it_lasts(self, on_use: Callable[[], None]) -> Callable[[], None]:
+        """Return what is to be called at each use of a machine: it is no use when this is over."""
+
+        def use() -> None:
+            if self._is_over:
+                raise MachineError("the time to collect what a test left is over")
+            on_use()
+
+        return use
 
     def file(self, what: str, collect: Callable[[], str]) -> None:
         """Collect one kind, by a function that returns the name of its file."""
@@ -101,6 +113,7 @@ class Collector:
 
     def close(self) -> None:
         """Write down what could not be had, and see what others added."""
+        self._is_over = True
         with contextlib.suppress(OSError):
             added = (path.name for path in self.folder.iterdir() if path.is_file())
             self.files += sorted(set(added).difference(self.files))
@@ -120,6 +133,8 @@ def _console(guest: Guest, folder: Path) -> str:
     said = guest.domain.console.said()
     if said is None:
         raise guest.domain.console.unheard("nothing is known of it")
+    if len(said) > _CONSOLE:
+        said = f"[{len(said) - _CONSOLE} characters before this are left out]\n{said[-_CONSOLE:]}"
     (folder / "console.log").write_text(said, encoding="utf-8", newline="")
     return "console.log"
 

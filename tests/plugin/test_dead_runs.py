@@ -17,6 +17,7 @@ from testdriver import URI, disk, node_file
 
 from pytest_kvmsnap.lab import restore
 from pytest_kvmsnap.lab.journal import Journal, draft_of
+from pytest_kvmsnap.lab.kept import description_for
 from pytest_kvmsnap.lab.lease import Lease
 from pytest_kvmsnap.machine.conversion import Conversion
 from pytest_kvmsnap.machine.domain import Domain
@@ -155,6 +156,22 @@ def test_a_domain_that_the_killed_test_had_undefined(
     domain.undefineFlags(3)
     come_after(suite, "clean", "kvmsnap: put box back as found (running)")
     assert host.look() == dead.found
+
+
+def test_a_run_that_was_killed_while_it_kept_a_state_is_put_right(
+    suite: "Suite", host: "Host", hypervisor: Hypervisor
+) -> None:
+    """It was announced, and stands in libvirt; nobody was told of it."""
+    host.define(state="shut off")
+    before = host.look()
+    dead = DeadRun(suite, hypervisor)
+    dead.take()
+    host.snapshot("kvmsnap-kept-test_it-20260101-000000", description=description_for("test_it"))
+    dead.journal.kept["kvmsnap-kept-test_it-20260101-000000"] = ""
+    dead.journal.save()
+    come_after(suite, "clean")
+    assert host.look() == before
+    assert suite.left_over() == []
 
 
 def test_a_run_that_was_killed_while_it_converted(

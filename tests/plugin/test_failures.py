@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from testdriver import fail_when
 
-from pytest_kvmsnap.errors import SnapshotError
+from pytest_kvmsnap.errors import RevertError, SnapshotError
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.report import evidence
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from sharedhost import SharedSuite
     from testdriver import Calls, Host, Suite
 
+LOG = """
+def note(*words):
+    with open("log", "a") as log:
+        print(*words, file=log)
+"""
 FAILS = "def test_fails(vm): assert not 'reached'"
 
 
@@ -37,6 +43,25 @@ def folders(suite: "Suite", base: str = "kvmsnap-results") -> dict[str, set[str]
 
 
 # when
+
+
+def test_a_test_fails_with_its_subtests(suite: "Suite", host: "Host") -> None:
+    if int(pytest.__version__.partition(".")[0]) < 9:
+        pytest.skip("subtests are a part of pytest from 9 on")
+    host.define(state="running")
+    suite.write(
+        """
+        def test_fails(vm, subtests):
+            with subtests.test("one"):
+                assert 0
+            with subtests.test("two"):
+                pass
+        """,
+        LOG + "def pytest_kvmsnap_before_revert(vm, item, failed): note(failed)",
+    )
+    suite.run("--kvmsnap-keep=on-failure")
+    assert (suite.pytester.path / "log").read_text() == "True\n"
+    assert len(host.look().snapshots) == 1
 
 
 def test_a_failed_call_and_a_failed_set_up_leave_a_folder_each(
@@ -245,15 +270,63 @@ def test_a_state_that_cannot_be_kept_is_told_and_hides_nothing(
     assert host.look() == before
 
 
+def test_a_test_that_undefines_the_machine_takes_no_kept_state_with_it(
+    suite: "Suite", host: "Host"
+) -> None:
+    """Its parent, a state of the run's own, may be gone by then."""
+    host.define(state="shut off")
+    suite.write(
+        """
+        import pytest
+
+        @pytest.fixture(scope="class")
+        def prepared(class_vm): pass
+
+        class TestPrepared:
+            def test_fails(self, prepared, vm): assert 0
+
+        def test_undefines(vm):
+            vm.destroy()
+            vm.domain.undefineFlags(2)
+        """
+    )
+    suite.run("--kvmsnap-keep=on-failure").assert_outcomes(passed=1, failed=1)
+    (kept,) = host.look().snapshots
+    assert "-test_fails-" in kept
+    assert suite.left_over() == []
+
+
+def test_a_machine_in_quarantine_shows_nothing_of_later_tests(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define(state="running")
+    fail_when(monkeypatch, "revert", RevertError("cannot revert"), lambda *_: True)
+    suite.write("def test_one(vm): pass\ndef test_two(vm): pass\ndef test_three(vm): pass")
+    result = suite.run("--kvmsnap-keep=on-failure")
+    result.assert_outcomes(passed=1, errors=3)
+    assert not (suite.pytester.path / "kvmsnap-results").exists()
+    assert not any("kvmsnap-kept" in name for name in host.look().snapshots)
+
+
+def test_no_state_goes_that_a_later_test_starts_from(suite: "Suite", host: "Host") -> None:
+    host.define(state="shut off")
+    suite.write(FAILS)
+    suite.run("--kvmsnap-keep=on-failure").assert_outcomes(failed=1)
+    (first,) = host.look().snapshots
+    suite.write(
+        f"""
+        import pytest
+        def test_fails(vm): assert 0
+        @pytest.mark.kvm_snapshot("{first}")
+        def test_goes_on(vm): pass
+        """
+    )
+    options = ("--kvmsnap-keep=on-failure", "--kvmsnap-keep-max=1")
+    suite.run(*options).assert_outcomes(passed=1, failed=1)
+    assert first in host.look().snapshots
+
+
 # hooks
-
-LOG = """
-import pathlib
-
-def note(*words):
-    with open("log", "a") as log:
-        print(*words, file=log)
-"""
 
 
 def test_hooks_are_called_around_each_test(suite: "Suite", host: "Host") -> None:
@@ -319,6 +392,30 @@ def test_a_collecting_hook_that_fails_is_noted(suite: "Suite", host: "Host", rai
     result = suite.run()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*assert not 'reached'*", "*pytest_kvmsnap_collect: *: mine"])
+
+
+def test_a_collecting_hook_that_does_not_end_in_time_has_no_machine_any_more(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "_EACH", 0.3)
+    host.define(state="running")
+    suite.write(
+        FAILS + "\ndef test_waits(vm):\n    __import__('time').sleep(1)",
+        LOG
+        + """
+import time
+
+def pytest_kvmsnap_collect(vm, item, folder):
+    time.sleep(0.6)
+    try:
+        vm.destroy()
+    except Exception as error:
+        note(error)
+""",
+    )
+    suite.run().assert_outcomes(passed=1, failed=1)
+    told = (suite.pytester.path / "log").read_text()
+    assert told == "the time to collect what a test left is over\n"
 
 
 def test_what_a_hook_adds_is_told(suite: "Suite", host: "Host") -> None:

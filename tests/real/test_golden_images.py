@@ -232,7 +232,7 @@ def test_is_prepared_anew(prepared, vm):
     result = suite.run()
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*cannot revert to the snapshot 'kvmsnap-prepared-*"])
-    result.stdout.no_fnmatch_line("*quarantine*")
+    result.stdout.no_fnmatch_line("*is in quarantine*")
     assert suite.calls_on_clones("start") == ["1 start", "2 start"]
     assert suite.left_over() == []
 

@@ -145,8 +145,9 @@ def told(result: pytest.RunResult) -> list[str]:
     said = result.stdout.str() + result.stderr.str()
     assert [trace for trace in NO_TRACE if trace in said] == []
     lines = [line for line in said.splitlines() if line.startswith("kvmsnap: ")]
-    # such as that of a step which only so many processes may do at once
-    lines = [line for line in lines if " that dead runs left in " not in line]
+    # such as that of a step which only so many processes may do at once, and what runs say first
+    of_all = (" that dead runs left in ", ", revert: force")
+    lines = [line for line in lines if not any(words in line for words in of_all)]
     return [re.sub(r" \(?(by )?pid .*", "", line) for line in lines]
 
 

@@ -146,7 +146,37 @@ def test_control_characters_and_broken_text_do_no_harm(
     assert console.lines(2) == "3\n4"
 
 
+def test_of_a_guest_that_never_stops_the_end_is_kept(
+    console: Console, streams: list[Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_kvmsnap.machine.console._MOST", 10)
+    position = console.end
+    for number in range(10):
+        streams[0].say(b"line %d\n" % number)
+    assert console.end == 70
+    assert (console.said() or "").endswith("line 8\nline 9\n")
+    assert len(console.said() or "") <= 20
+    assert console.heard(position) == console.heard(console.start)
+
+
 # the log file
+
+
+def test_the_log_file_tells_where_somebody_else_took_the_stream(
+    define: Callable[..., Domain], streams: list[Stream], tmp_path: Path
+) -> None:
+    log = tmp_path / "console.log"
+    console = define(f"<serial type='pty'><log file='{log}'/></serial>").console
+    console.begin()
+    console.boots()
+    console.listen()
+    streams[0].say(b"one\n", b"")
+    log.write_text("one\ntwo\n")
+    assert console.said() == "one\ntwo\n"
+    console.boots()
+    assert console.said_since_boot() == ""
+    log.write_text("one\ntwo\nlogin: ")
+    assert console.said_since_boot() == "login: "
 
 
 def test_without_a_stream_the_log_file_tells(define: Callable[..., Domain], tmp_path: Path) -> None:
@@ -264,12 +294,18 @@ def test_a_machine_that_is_off_is_not_waited_for(
     assert "not supported" in caught.value.why
 
 
-def test_what_earlier_tests_heard_is_not_matched(talk: Talk, streams: list[Stream]) -> None:
-    streams[0].say(b"old ")
-    talk._console.begin()
-    streams[0].say(b"new")
-    talk.expect("new")
-    assert talk.before == ""
+@pytest.mark.parametrize("ends", ["a test", "a revert"])
+def test_what_was_heard_before_is_not_matched(talk: Talk, streams: list[Stream], ends: str) -> None:
+    streams[0].say(b"old word \xc3")
+    talk.expect("old")  # the rest of it waits still
+    if ends == "a test":
+        talk._console.begin()
+    else:
+        talk._console.hang_up()
+        talk._console.listen()
+    (streams[0] if ends == "a test" else streams[1]).say(b"new word")
+    talk.expect("word")
+    assert talk.before == "new "
 
 
 # ready=console:REGEX

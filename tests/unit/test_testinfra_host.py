@@ -69,6 +69,7 @@ def test_after_a_revert_the_system_is_looked_at_anew(
 ) -> None:
     for name in ("revert", "end_block_jobs"):
         monkeypatch.setattr(no_domain, name, lambda *_: None)
+    monkeypatch.setattr(no_domain.console, "listen", lambda: None)
     before = vm.host
     vm.revert("any")
     assert vm.host is not before
