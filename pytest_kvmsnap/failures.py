@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_kvmsnap import results, run
+from pytest_kvmsnap.course import has_failed, is_over, machines_after
 from pytest_kvmsnap.errors import KvmsnapError
-from pytest_kvmsnap.states import has_failed, is_over, machines_after
 
 if TYPE_CHECKING:
     from pytest_kvmsnap.lab.machine import Machine

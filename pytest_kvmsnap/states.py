@@ -9,13 +9,13 @@ those of a test is torn down first, and made anew.
 
 import contextlib
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_kvmsnap import reporting, run
+from pytest_kvmsnap.course import Course, begin, course_of, has_begun
 from pytest_kvmsnap.errors import ConnectionLostError
 from pytest_kvmsnap.markers import FIXTURES, Request, request_of, requests_of
 from pytest_kvmsnap.preparations import (
@@ -29,16 +29,12 @@ from pytest_kvmsnap.preparations import (
 from pytest_kvmsnap.usage import closure_of, closure_under, is_ours, nearest
 
 if TYPE_CHECKING:
-    from pytest_kvmsnap.golden import Golden
     from pytest_kvmsnap.lab.ledger import Ledger
-    from pytest_kvmsnap.lab.machine import Machine
     from pytest_kvmsnap.lab.savepoints import Savepoints, State
-    from pytest_kvmsnap.pools import Pool
     from pytest_kvmsnap.usage import Definition
     from pytest_kvmsnap.vm import VM
 
 _STATES = pytest.StashKey["_States"]()
-_COURSE = pytest.StashKey["_Course"]()
 
 
 def clean_machine(request: pytest.FixtureRequest) -> "VM":
@@ -52,7 +48,7 @@ def held_machine(request: pytest.FixtureRequest) -> "Iterator[VM]":
     """Give a wide fixture its machine; what is done with it is undone at the fixture's end."""
     states = states_of(request.config)
     with run.told():
-        if _COURSE not in _item_of(request).stash:  # nobody listened when this was set up
+        if not has_begun(_item_of(request)):  # nobody listened when this was set up
             _refuse_hidden_preparation(request)
         wanted = states.request(_item_of(request), request.scope)
         savepoints = run.lab_of(request.config).savepoints(wanted)
@@ -74,39 +70,12 @@ def states_of(config: pytest.Config) -> "_States":
 
 
 def _starts_of(item: pytest.Item) -> "dict[Ledger, str]":
-    return {machine.ledger: start for machine, start in _course_of(item).starts.items()}
-
-
-def machines_after(item: pytest.Item, report: pytest.TestReport) -> "dict[Machine, str]":
-    """Return the machines that a test, or what was set up for it, worked on; note its outcome.
-
-    With the snapshots that it started from, empty if it did not come to that. Those that were in
-    quarantine before are left out: what they show is not of this test.
-    """
-    course = item.stash.get(_COURSE, None)
-    if course is None:
-        return {}
-    course.has_failed = course.has_failed or report.failed  # a subtest of it, perhaps
-    return {each: start for each, start in course.starts.items() if each not in course.broken}
-
-
-def is_over(item: pytest.Item) -> bool:
-    """Tell whether the call of a test is over, of which a report is made: no subtest's, then."""
-    return not item.stash[_COURSE].is_in_call
-
-
-def has_failed(item: pytest.Item) -> bool:
-    """Tell whether the set-up, the call or a subtest of a test failed, in this try."""
-    return item.stash[_COURSE].has_failed
+    return {machine.ledger: start for machine, start in course_of(item).starts.items()}
 
 
 def _item_of(request: pytest.FixtureRequest) -> pytest.Item:
     item: pytest.Item = request._pyfuncitem  # a wide fixture has no other way to its test
     return item
-
-
-def _course_of(item: pytest.Item) -> "_Course":
-    return item.stash.setdefault(_COURSE, _Course(is_in_test=True))  # else we saw its set-up
 
 
 def _active(item: pytest.Item) -> "list[Definition]":
@@ -139,32 +108,6 @@ def _refuse_hidden_preparation(request: pytest.FixtureRequest) -> None:
             raise hidden(definition.argname, ours.argname)
 
 
-@dataclass
-class _Course:
-    """What has happened in a test so far.
-
-    `is_in_test` tells that its wide fixtures are set up and nothing is torn down. `vms` are the
-    machines that `vm` gave, `entered` those that were brought to where the test starts. `starts`
-    are all that it works on, in whatever state they are, with the snapshots that it started from;
-    empty until that is known; `broken` those of them that had failed before. `is_in_call` tells
-    that the test itself runs, `has_failed` that its set-up or call failed.
-    """
-
-    is_in_test: bool = False
-    vms: "dict[Request, VM]" = field(default_factory=dict)
-    entered: "dict[str | Pool | Golden, Savepoints]" = field(default_factory=dict)
-    starts: "dict[Machine, str]" = field(default_factory=dict)
-    broken: "set[Machine]" = field(default_factory=set)
-    is_in_call: bool = False
-    has_failed: bool = False
-
-    def works_on(self, machine: "Machine") -> None:
-        if machine not in self.starts:
-            self.starts[machine] = ""
-            if machine.has_failed:
-                self.broken.add(machine)
-
-
 class _States:
     def __init__(self, config: pytest.Config) -> None:
         # by ours that are wide, by their scope
@@ -181,7 +124,7 @@ class _States:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         __tracebackhide__ = True
         self._item = item
-        item.stash[_COURSE] = _Course()
+        begin(item)
         with run.told():
             lab = run.lab_of(self._config)
             lab.replace_failed()
@@ -196,7 +139,7 @@ class _States:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         __tracebackhide__ = True
-        course = _course_of(item)
+        course = course_of(item)
         course.is_in_call = True
         try:
             return (yield)
@@ -221,7 +164,7 @@ class _States:
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         __tracebackhide__ = True
-        _course_of(item).is_in_test = False
+        course_of(item).is_in_test = False
         lab = run.lab_of(self._config)
         try:
             result = yield
@@ -238,7 +181,7 @@ class _States:
         from pytest_kvmsnap.machine.reach import ways_to
 
         voice = run.voice(self._config)
-        for savepoints in _course_of(self._item).entered.values() if self._item else ():
+        for savepoints in course_of(self._item).entered.values() if self._item else ():
             domain = savepoints.machine.domain
             voice.line(
                 f"{domain.name} stays as the test left it until you leave the debugger;"
@@ -253,12 +196,12 @@ class _States:
     def _savepoints(self, request: Request) -> "Savepoints":
         savepoints = run.lab_of(self._config).savepoints(request)
         if self._item is not None:
-            _course_of(self._item).works_on(savepoints.machine)
+            course_of(self._item).works_on(savepoints.machine)
         return savepoints
 
     def clean_machine(self, item: pytest.Item) -> "VM":
         request = self.request(item, "function")
-        course = _course_of(item)
+        course = course_of(item)
         if request not in course.vms:
             self._start_clean(item, request)
         return course.vms[request]
@@ -278,7 +221,7 @@ class _States:
                 if savepoints not in machines:
                     raise hidden(name, FIXTURES[scope])
             elif self._item is not None and scope in savepoints.holders:
-                course = _course_of(self._item)
+                course = course_of(self._item)
                 if course.is_in_test and request.machine not in course.entered:
                     self._hold(self._item, request, scope)
 
@@ -289,7 +232,7 @@ class _States:
         Preparations that an override of the test's own scope hides from pytest are set up now.
         `under_way` are the names of the fixtures that are being set up.
         """
-        course = _course_of(item)
+        course = course_of(item)
         if course.is_in_test:
             return
         course.is_in_test = True
@@ -340,8 +283,8 @@ class _States:
         item.addfinalizer(undo)
         self._config.hook.pytest_kvmsnap_vm_ready(vm=vm)
 
-    def _work_on(self, item: pytest.Item, savepoints: "Savepoints") -> "_Course":
-        course = _course_of(item)
+    def _work_on(self, item: pytest.Item, savepoints: "Savepoints") -> "Course":
+        course = course_of(item)
         course.works_on(savepoints.machine)
         savepoints.machine.used_by(item.nodeid)
         return course
@@ -452,7 +395,7 @@ class _States:
                 self._work_on(item, self._savepoints(wanted))
                 above[wanted] = self._state(item, wanted)
             machines = {wanted: self._savepoints(wanted) for wanted in above}
-            course = _course_of(item)
+            course = course_of(item)
             for wanted, state in above.items():
                 course.starts[machines[wanted].machine] = state.snapshot
                 machines[wanted].start(state)
@@ -497,7 +440,7 @@ class _States:
                 raise hidden(definition.argname, other.argname)
 
     def _refuse_in_use(self, item: pytest.Item, wanted: Request, definition: "Definition") -> None:
-        in_use = {request.machine for request in _course_of(item).vms}
+        in_use = {request.machine for request in course_of(item).vms}
         if self._being_made and self._savepoints(wanted) in self._being_made[-1][1]:
             by = self._being_made[-1][0]
         elif wanted.machine in in_use:
@@ -521,7 +464,7 @@ class _States:
             raise
         self._made[definition] = made
         for wanted in made:
-            del _course_of(item).entered[wanted.machine]  # the test starts somewhere else now
+            del course_of(item).entered[wanted.machine]  # the test starts somewhere else now
 
     def _tear_down_first(
         self,
