@@ -1,11 +1,14 @@
 """Other plugins of pytest beside this one."""
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from notes import DATABASE, write
 from test_states import COUNT, EVERYTHING
 from testdriver import disk, node_file
+
+from pytest_kvmsnap.report import evidence
 
 if TYPE_CHECKING:
     from testdriver import Calls, Host, Suite
@@ -280,9 +283,23 @@ def test_next(database, vm):
     )
     result = suite.run()
     result.assert_outcomes(failed=1, passed=1)
-    result.stdout.fnmatch_lines(["*Timeout*"])
+    result.stdout.fnmatch_lines(["*Timeout*", "what the test left is in kvmsnap-results/*"])
     assert host.look() == before
     assert suite.left_over() == []
+
+
+def test_a_timeout_while_a_failed_test_is_looked_at_hides_nothing(
+    suite: "Suite", host: "Host", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("pytest_timeout")
+    monkeypatch.setattr(evidence, "_screen", lambda *_: time.sleep(3))
+    host.define(state="running")
+    before = host.look()
+    suite.write("def test_fails(vm): assert not 'reached'\ndef test_next(vm): pass")
+    result = suite.run("--timeout=1", "--timeout-method=signal")
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*assert not 'reached'*", "what the test left is lost: *Timeout*"])
+    assert host.look() == before
 
 
 def test_a_timeout_by_signal_in_fixtures_is_undone(suite: "Suite", host: "Host") -> None:
