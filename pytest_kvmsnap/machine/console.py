@@ -1,6 +1,7 @@
 """The serial console of a machine: what it says and, where libvirt has a stream to it, typing."""
 
 import contextlib
+import re
 import tempfile
 import threading
 import time
@@ -21,6 +22,8 @@ _EVENTS = (
     | libvirt.VIR_STREAM_EVENT_ERROR
 )
 _CHUNK = 65536
+_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # of a terminal (ECMA-48, CSI)
+_LAST = 16384  # characters in which the last lines are looked for
 _LETTING_GO = 5.0  # seconds for libvirt's event loop to let go of a stream
 _MOST = 64 * 2**20
 """Bytes that are kept of what is heard, at least; of twice as many the older half is dropped."""
@@ -175,8 +178,9 @@ class Console:
         return heard.decode(errors="replace")
 
     def lines(self, count: int = 15) -> str:
-        """Return the last lines that are known, without control characters."""
-        text = "".join(c if c.isprintable() or c == "\n" else "" for c in self.said() or "")
+        """Return the last lines that are known, without colours and control characters."""
+        said = _SEQUENCE.sub("", (self.said() or "")[-_LAST:])
+        text = "".join(c if c.isprintable() or c == "\n" else "" for c in said)
         return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
 
     # typing

@@ -62,6 +62,7 @@ def template(linux: guests.Guest, folder: Path) -> Template:
 # --- the built-in machine ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_several_tests_on_one_raw_image_are_one_conversion_and_one_boot(
     linux: guests.Guest, suite: Suite, folder: Path
 ) -> None:

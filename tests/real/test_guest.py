@@ -107,6 +107,7 @@ def test_commands_that_take_the_guest_with_them(machine: Machine, suite: Suite) 
     suite.run(f"--kvmsnap-domain={machine.name}").assert_outcomes(passed=3)
 
 
+@pytest.mark.long
 def test_libvirt_loses_an_agent_that_talks_nonsense_and_has_it_back_after_a_revert(
     machine: Machine, suite: Suite
 ) -> None:
