@@ -71,7 +71,7 @@ def test_full_disk_while_snapshotting(
 # --- the guest --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("console", ["log", "pty"])
+@pytest.mark.parametrize("console", [pytest.param("log", marks=pytest.mark.long), "pty"])
 def test_never_ready(make_machine: Maker, suite: Suite, tmp_path: Path, console: str) -> None:
     machine = make_machine(console_log=tmp_path / "console" if console == "log" else None)
     no_init = machine.definition.replace("root=/dev/vda", "rdinit=/none root=/none")

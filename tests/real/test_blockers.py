@@ -460,6 +460,7 @@ def test_snapshot(vm): pass
     )
 
 
+@pytest.mark.long
 def test_embedded_libvirt_in_use_by_another_process(
     machine: Machine, suite: Suite, pytester: pytest.Pytester
 ) -> None:

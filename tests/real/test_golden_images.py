@@ -209,6 +209,7 @@ def test_without(vm):
 # --- what fails -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_machine_that_fails_is_thrown_away_and_made_anew(
     suite: Suite, image: Path, template: Template
 ) -> None:

@@ -241,6 +241,7 @@ def test_nothing_of_it_is_left(vm):  # though the machine was not reverted since
     assert sum("grew by" in line for line in result.outlines) == 2  # then, and at the end
 
 
+@pytest.mark.long
 def test_guest_that_boots_from_its_disk(
     machine: Machine, linux: Guest, suite: Suite, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_live_no_boots_for_each_test(machine: Machine, suite: Suite) -> None:
     ]
 
 
+@pytest.mark.long
 def test_live_no_leaves_a_running_machine_running(machine: Machine, suite: Suite) -> None:
     machine.start("touch /run/made-before-the-run")
     suite.write(

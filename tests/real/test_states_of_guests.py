@@ -137,6 +137,7 @@ def test_plain(vm):
     assert is_as_made(machine)
 
 
+@pytest.mark.long
 def test_steps_without_vm_go_on_after_another_test(machine: Machine, suite: Suite) -> None:
     suite.write(
         """
