@@ -252,8 +252,10 @@ if pathlib.Path("kill").exists():
             pathlib.Path("kill").unlink()
             os.kill(pid, number)
             note("box", "left" if is_clean else "put back")
-            status = pathlib.Path(f"/proc/{pid}/stat")
+            status, tasks = (pathlib.Path(f"/proc/{pid}/{name}") for name in ("stat", "task"))
+            # Its first thread may be dead while another one still holds its files open.
             await_(lambda: not status.exists() or ") Z " in status.read_text())
+            await_(lambda: not tasks.exists() or len(list(tasks.iterdir())) <= 1)
         return is_clean
 
     Machine.leave_clean = killing
