@@ -425,6 +425,7 @@ clone.make = make_and_fill
 
 
 @pytest.mark.usefixtures("xdist")
+@pytest.mark.long
 def test_workers_share_an_image_and_one_of_them_converts_it(
     linux: guests.Guest, suite: Suite, folder: Path, template: Template, pytester: pytest.Pytester
 ) -> None:

@@ -56,6 +56,7 @@ TESTS = 6
 
 
 @pytest.mark.usefixtures("random_order")
+@pytest.mark.long
 def test_each_test_starts_from_its_own_prepared_state(machine: Machine, suite: Suite) -> None:
     """In an order that takes the machine back and forth; the tests without QEMU try many more."""
     keep_a_copy(machine)
