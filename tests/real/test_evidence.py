@@ -1,11 +1,15 @@
 """What a failed test leaves: files, and the state of the machine, on real machines."""
 
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from bench import Machine, Maker, Suite
+from bench import EXAMPLE, Machine, Maker, Suite
+
+from guest import Guest
 
 FAILS = r"""
 def test_before(vm):
@@ -150,3 +154,26 @@ def test_fails(vm):
     domain = f"--kvmsnap-domain={machines[1].name}"
     suite.run(domain, f"--kvmsnap-snapshot={kept}").assert_outcomes(passed=1)
     machines[1].virsh("undefine", "--snapshots-metadata")
+
+
+@pytest.mark.long
+def test_the_example_that_fails_leaves_a_folder_which_its_second_test_checks(
+    linux: Guest, tmp_path: Path
+) -> None:
+    assert linux.kernel.exists()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(EXAMPLE / "test_failing.py"),
+        "-pno:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, "--example-failure", "--require-real"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert len(list((tmp_path / "kvmsnap-results").iterdir())) == 1
