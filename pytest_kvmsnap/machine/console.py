@@ -95,8 +95,9 @@ class Console:
         if chunk:
             self._heard.add(bytes(chunk))
             return
-        self._is_over = True
-        self.silence = "the machine went off, or somebody else took the console"
+        if stream is self._stream:  # else it was closed just now
+            self._is_over = True
+            self.silence = "the machine went off, or somebody else took the console"
         with contextlib.suppress(libvirt.libvirtError):
             stream.eventUpdateCallback(0)  # else it would be called again and again
 

@@ -19,7 +19,8 @@ def ways_to(domain: Domain) -> list[str]:
     virsh = f"virsh -c {shlex.quote(uri)}"
     with contextlib.suppress(MachineError):  # the test may have undefined it
         if domainxml.has_pty_console(domain.xml()):
-            ways.append(f"{virsh} console {shlex.quote(domain.name)}")
+            # We listen to it, and let go for whoever insists.
+            ways.append(f"{virsh} console --force {shlex.quote(domain.name)}")
         for address in map(ipaddress.ip_address, domain.addresses()):
             if not address.is_loopback and not address.is_link_local:
                 ways.append(f"ssh root@{address}")

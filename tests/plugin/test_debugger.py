@@ -29,7 +29,7 @@ def test_ways_to_a_machine(host: "Host", state: str) -> None:
     assert len(ssh) == (1 if state == "running" else 0)
     assert [way for way in ways if way not in ssh] == [
         'vm.run("...")',
-        "virsh -c test:///default console box",
+        "virsh -c test:///default console --force box",
         "virsh -c test:///default dominfo box",
     ]
 
