@@ -12,7 +12,8 @@ from bench import EXAMPLE, Machine, Maker, Suite
 from guest import Guest
 
 FAILS = r"""
-def test_before(vm):
+def test_before(vm, tmp_path):
+    assert vm.screenshot(tmp_path / "now.png").read_bytes().startswith(b"\x89PNG")
     vm.console.sendline("echo of the test be''fore")
     vm.console.expect("of the test before")
 

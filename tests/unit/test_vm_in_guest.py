@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_kvmsnap import VM, AgentError
+from pytest_kvmsnap import VM, AgentError, ConsoleError
 from pytest_kvmsnap.errors import ConfigError
 from pytest_kvmsnap.guest.agent import CHUNK
 from pytest_kvmsnap.guest.guest import Guest
@@ -238,3 +238,21 @@ def test_a_domain_that_is_gone_is_told(vm: VM, host: "Host") -> None:
     with pytest.raises(MachineError, match="the domain is gone") as caught:
         _ = vm.state
     assert vm.uuid in caught.value.why
+
+
+# screen and console
+
+
+def test_a_picture_of_the_screen(vm: VM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test driver has one; QEMU before 7.1 makes another kind."""
+    made = vm.screenshot(tmp_path / "screen.png")
+    assert made == tmp_path / "screen.png"
+    assert made.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(Domain, "screenshot", lambda _: (b"P6", "ppm"))
+    assert vm.screenshot(str(tmp_path / "screen.png")) == tmp_path / "screen.ppm"
+
+
+def test_a_console_that_nobody_heard_is_told(vm: VM) -> None:
+    with pytest.raises(ConsoleError, match="nothing is known of the console"):
+        vm.console_log()
+    assert vm.console is vm.console
