@@ -178,14 +178,14 @@ class _States:
 
     def pytest_enter_pdb(self) -> None:
         """Tell how to reach the machines of the test, which is torn down after the debugger."""
-        from pytest_kvmsnap.machine.reach import ways_to
+        from pytest_kvmsnap.guest.reach import ways_to
 
         voice = run.voice(self._config)
         for savepoints in course_of(self._item).entered.values() if self._item else ():
-            domain = savepoints.machine.domain
+            machine = savepoints.machine
             voice.line(
-                f"{domain.name} stays as the test left it until you leave the debugger;"
-                f" reach it by {', '.join(ways_to(domain))}"
+                f"{machine.domain.name} stays as the test left it until you leave the debugger;"
+                f" reach it by {', '.join(ways_to(machine.guest))}"
             )
 
     # what a test starts from

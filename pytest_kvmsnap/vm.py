@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pytest_kvmsnap.errors import AgentError, ConfigError
 from pytest_kvmsnap.guest import files
 from pytest_kvmsnap.guest.agent import CHUNK, Agent
+from pytest_kvmsnap.guest.completed import as_input, completed
 from pytest_kvmsnap.guest.console import Console
 from pytest_kvmsnap.guest.guest import Guest
 from pytest_kvmsnap.guest.output import run_whole
@@ -92,7 +93,6 @@ class VM:
 
     def start(self) -> None:
         """Start the machine; `wait_ready` waits until it can be used."""
-        self._guest.ssh.hang_up()
         self._domain.start()
 
     def shutdown(self, timeout: float = 60) -> None:
@@ -109,7 +109,6 @@ class VM:
         `wait_ready` waits until it is up again.
         """
         self._domain.reboot(timeout, by_agent=self._guest.has_agent)
-        self._guest.ssh.hang_up()  # it would notice only in a while
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the machine is ready, `--kvmsnap-ready-timeout` seconds unless told otherwise.
@@ -167,7 +166,6 @@ class VM:
                 why="libvirt's QEMU driver refuses names with / or with a dot at the start",
             )
         domain = self._domain
-        self._guest.ssh.hang_up()
         self._on_snapshot(chosen)
         return domain.take_snapshot(chosen, self._description)
 
@@ -242,7 +240,7 @@ class VM:
         """
         __tracebackhide__ = True
         shown = command if isinstance(command, str) else list(command)
-        stdin = input.encode() if isinstance(input, str) else input
+        stdin = as_input(input)
         argv = _argv(command, env, cwd)
         if stdin is not None and len(stdin) > CHUNK:  # too long for one message to the agent
             path = f"/tmp/.kvmsnap-input-{secrets.token_hex(8)}"  # noqa: S108 - in the guest
@@ -261,14 +259,7 @@ class VM:
             done = run(argv, stdin=stdin, timeout=timeout, shown=_shown(command))
         except subprocess.TimeoutExpired:
             raise subprocess.TimeoutExpired(shown, timeout) from None
-        out, err = (
-            (done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
-            if text
-            else (done.stdout, done.stderr)
-        )
-        if check and done.status:
-            raise subprocess.CalledProcessError(done.status, shown, out, err)
-        return subprocess.CompletedProcess(shown, done.status, out, err)  # type: ignore[arg-type]
+        return completed(shown, done.status, done.stdout, done.stderr, check=check, text=text)
 
     @property
     def ssh(self) -> Ssh:

@@ -54,7 +54,7 @@ class Address:
         return self._last
 
     def _told(self) -> Iterator[list[str]]:
-        yield from self._domain.addresses_by_source()
+        yield from self._domain.addresses()
         # libvirt 9.0 cannot read the table of every kernel ("wrong nlmsg len", on Linux 6.18)
         if self._domain.hypervisor.is_local:
             with contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from pytest_kvmsnap.errors import MachineError, NoAddressError, SshDeniedError, SshError
 from pytest_kvmsnap.guest.address import Address, Endpoint
+from pytest_kvmsnap.guest.completed import as_input, completed
 from pytest_kvmsnap.guest.ssh_process import CONNECT, SshProcess, greeting, last_words
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.settings import Settings
@@ -78,7 +79,7 @@ class Ssh:
         if not shown:
             raise ValueError("the command is empty")
         remote = shown if isinstance(shown, str) else shlex.join(shown)
-        stdin = input.encode() if isinstance(input, str) else input
+        stdin = as_input(input)
         end = time.monotonic() + timeout
         master = self._connected(timeout)
         try:
@@ -96,14 +97,7 @@ class Ssh:
             said = last_words(done.stderr.decode(errors="replace"))
             self.hang_up()
             raise self._error("the connection by ssh broke", said)
-        out, err = (
-            (done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
-            if text
-            else (done.stdout, done.stderr)
-        )
-        if check and done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, shown, out, err)
-        return subprocess.CompletedProcess(shown, done.returncode, out, err)  # type: ignore[arg-type]
+        return completed(shown, done.returncode, done.stdout, done.stderr, check=check, text=text)
 
     @property
     def command(self) -> list[str]:

@@ -249,7 +249,6 @@ class Machine:
         found = {self._found.current} if self._found.current is not None else set()
         for name in self._keeper.make_room({*in_use, *self._roots, *found}):
             self._powers.pop(name, None)
-        self.guest.ssh.hang_up()
         space.check_space(self.domain)
         kept = self._keeper.keep(test)
         self._powers[kept.name] = kept.state
@@ -424,7 +423,6 @@ class Machine:
 
     def _take_it(self, name: str) -> None:
         space.check_space(self.domain)
-        self.guest.ssh.hang_up()  # or the guest would have it open, and nobody here, for ever
         self._journal.taken.setdefault(name, "")
         self._journal.save()
         is_running = self.domain.state() == "running"

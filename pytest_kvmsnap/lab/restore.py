@@ -141,7 +141,7 @@ def _tidy_guest(guest: Guest, journal: Journal) -> None:
         guest.wait_ready()
         guest.set_clock()
     finally:
-        guest.ssh.hang_up()
+        guest.domain.disconnect()
     if journal.planted:
         Canary(guest.agent, journal.run).remove()
 

@@ -138,11 +138,6 @@ class Console:
         return self._stream is not None and not self._is_over
 
     @property
-    def start(self) -> int:
-        """The position of the first byte since `begin`."""
-        return self._heard.start
-
-    @property
     def end(self) -> int:
         """The position after the last byte that was heard."""
         return self._heard.end

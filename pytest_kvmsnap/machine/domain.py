@@ -69,17 +69,17 @@ class Outside(NamedTuple):
 
 
 class Client(Protocol):
-    """Who holds connections to a machine, which a revert breaks."""
+    """Who is connected to the system in a machine, such as by SSH."""
 
     def hang_up(self) -> None:
-        """Close them; they may be opened again at any time. Never fails."""
+        """Close what is open; it may be opened again at any time. Never fails."""
 
 
 class Domain:
     """A domain of a hypervisor, found by its UUID, so that a rename does not lose it.
 
     `agent_port` is the way to its agent while libvirt does not see that, after a fast revert.
-    `clients` are told to hang up before the machine jumps in time.
+    `clients` are told to hang up before the system in it ends, jumps in time, or is snapshotted.
     """
 
     def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
@@ -89,7 +89,7 @@ class Domain:
         self.where = f"{name} at {hypervisor.uri}"
         self.agent_port: AgentPort | None = None
         self.console = Console(self)
-        self.clients: list[Client] = [self.console]
+        self.clients: list[Client] = []
 
     def telling(
         self, what: str, kind: type[KvmsnapError] = MachineError
@@ -174,6 +174,7 @@ class Domain:
     # power
 
     def start(self) -> None:
+        self.disconnect()
         self.console.boots()
         with self.telling("cannot start the machine"):
             self.raw.create()
@@ -221,6 +222,7 @@ class Domain:
         answered, and the guest reboots twice (seen on 9.0, on a busy computer).
         """
         self.await_agent()
+        self.disconnect()  # they would notice only in a while
         flags = libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT if by_agent else 0
         booted = threading.Event()
 
@@ -316,6 +318,7 @@ class Domain:
 
     def take_snapshot(self, name: str, description: str) -> Snapshot:
         """Take an internal snapshot, with the memory when the machine runs (it pauses for it)."""
+        self.disconnect()  # or the snapshot would hold the guest's end of what has none here
         targets = [disk.target for disk in self.disks() if disk.is_snapshotted]
         request = domainxml.snapshot_request(name, description, targets)
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -459,11 +462,16 @@ class Domain:
 
     def hang_up(self) -> None:
         """Have all connections to the machine closed that are ours."""
-        for client in self.clients:
-            client.hang_up()
+        self.disconnect()
+        self.console.hang_up()
         if self.agent_port is not None:
             self.agent_port.close()
             self.agent_port = None
+
+    def disconnect(self) -> None:
+        """Have those hang up who are connected to the system in it."""
+        for client in self.clients:
+            client.hang_up()
 
     def await_agent(self) -> None:
         """Wait until libvirt sees the agent, should it have lost sight of it by a fast revert."""
@@ -474,11 +482,7 @@ class Domain:
         """Tell whether libvirt takes the guest's agent for connected."""
         return domainxml.sees_agent(self.xml())
 
-    def addresses(self) -> list[str]:
-        """Return the network addresses of a running guest, as far as anybody knows them."""
-        return next((found for found in self.addresses_by_source() if found), [])
-
-    def addresses_by_source(self) -> Iterator[list[str]]:
+    def addresses(self) -> Iterator[list[str]]:
         """Yield the addresses that the agent, libvirt's leases and the host's ARP table know."""
         self.await_agent()
         for source in (

@@ -7,9 +7,11 @@ import pytest
 from notes import DATABASE, write
 from testdriver import disk, node_file
 
+from pytest_kvmsnap.guest.guest import Guest
+from pytest_kvmsnap.guest.reach import ways_to
 from pytest_kvmsnap.machine.domain import Domain
 from pytest_kvmsnap.machine.libvirt_api import connect
-from pytest_kvmsnap.machine.reach import ways_to
+from pytest_kvmsnap.settings import Settings
 
 if TYPE_CHECKING:
     from testdriver import Host, Suite
@@ -22,7 +24,7 @@ NETWORK = "<interface type='network'><source network='default'/></interface>"
 def test_ways_to_a_machine(host: "Host", state: str) -> None:
     domain = host.define("box", disk("/images/box.qcow2"), CONSOLE, NETWORK, state=state)
     hypervisor = connect("test:///default")
-    ways = ways_to(Domain(hypervisor, domain.UUIDString(), "box"))
+    ways = ways_to(Guest(Domain(hypervisor, domain.UUIDString(), "box"), Settings()))
     hypervisor.close()
     # Which one depends on how many domains ran in this process before.
     ssh = [way for way in ways if way.startswith("ssh root@192.168.")]
@@ -36,7 +38,8 @@ def test_ways_to_a_machine(host: "Host", state: str) -> None:
 
 def test_ways_to_a_machine_that_was_undefined(host: "Host") -> None:
     hypervisor = connect("test:///default")
-    ways = ways_to(Domain(hypervisor, "6695eb01-f6a4-8304-79aa-97f2502e193f", "my box"))
+    gone = Domain(hypervisor, "6695eb01-f6a4-8304-79aa-97f2502e193f", "my box")
+    ways = ways_to(Guest(gone, Settings()))
     hypervisor.close()
     assert ways == ['vm.run("...")', "virsh -c test:///default dominfo 'my box'"]
 

@@ -81,7 +81,7 @@ class Guest:
     def raw(self) -> object:
         raise MachineError("there is no console")
 
-    def addresses_by_source(self) -> Iterator[list[str]]:
+    def addresses(self) -> Iterator[list[str]]:
         yield from self.told
 
     def state(self) -> str:
